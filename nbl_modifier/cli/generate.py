@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``nbl generate``: complete a prompt in vLLM and compare KV-cache capacities."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_DESCRIPTION = """\
+Load each model in vLLM, one after the other, each in a process of its own. Prints how
+many tokens its KV cache holds and a greedy completion of the prompt. Runs where vLLM is
+installed.
+"""
+_EPILOG = """\
+example:
+  nbl generate meta-llama/Llama-3.1-8B Llama-3.1-8B-NBL --prompt "The KV cache of"
+"""
+_LOG_TAIL_LINES = 25
+
+
+@dataclass(frozen=True)
+class Generation:
+    """
+    What vLLM made of one model.
+
+    :param model: directory or Hugging Face name
+    :param architecture: class in vLLM
+    :param kv_cache_tokens: tokens that fit in the KV cache, over all sequences
+    :param completion: greedy continuation of the prompt
+    :param load_seconds: time to start the engine
+    """
+
+    model: str
+    architecture: str
+    kv_cache_tokens: int
+    completion: str
+    load_seconds: float
+
+
+def add_parser(commands: Any) -> None:
+    """
+    Add the command to the parser's subcommands.
+
+    :param commands: what ``ArgumentParser.add_subparsers`` returned
+    """
+    parser = commands.add_parser(
+        "generate",
+        help="complete a prompt with one or more models in vLLM",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="directory or Hugging Face name")
+    add("--prompt", required=True, metavar="TEXT")
+    add("--max-tokens", type=int, default=64, metavar="N", help="(default: 64)")
+    add("--dtype", default="auto", help="as in vLLM (default: auto)")
+    add(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="context length to serve (default: the model's)",
+    )
+    add("--json", metavar="FILE", help="also write the results there")
+
+
+def run(args: argparse.Namespace) -> None:
+    """
+    Run the command.
+
+    :param args: parsed by the parser of ``add_parser``
+    """
+    results: list[Generation] = []
+    for result in generate(args):
+        results.append(result)
+        ratio = result.kv_cache_tokens / results[0].kv_cache_tokens
+        print(f"{result.model}  ({result.architecture})")
+        print(f"  KV cache: {result.kv_cache_tokens:,} tokens", end="")
+        print(f", {ratio:.3f} times the first model's" if len(results) > 1 else "")
+        print(f"  {args.prompt!r} ->")
+        print("\n".join(f"    {line}" for line in result.completion.splitlines()))
+        print(flush=True)
+    if args.json:
+        from nbl_modifier.report.schema import write_atomically
+
+        rows = [asdict(result) for result in results]
+        write_atomically(args.json, json.dumps(rows, indent=2) + "\n")
+
+
+def generate(args: argparse.Namespace) -> Iterator[Generation]:
+    """
+    Yield one result per model, in order.
+
+    :param args: parsed by the parser of ``add_parser``
+    :raises RuntimeError: if vLLM fails; the message ends with the tail of its log
+    :raises ImportError: if vLLM is not installed
+    :raises ValueError: if a directory holds no model
+    """
+    _check(args)
+    for model in args.models:
+        yield _generate_one(model, args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from importlib.util import find_spec
+
+    for model in args.models:
+        if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+            raise ValueError(
+                f"model {model}: the directory has no config.json. Pass a checkpoint."
+            )
+    if args.max_tokens < 1:
+        raise ValueError(f"--max-tokens must be at least 1, got {args.max_tokens}.")
+    if find_spec("vllm") is None:
+        raise ImportError(
+            "vLLM is not installed here. Run this in the environment that serves: "
+            "pip install vllm nbl-modifier."
+        )
+
+
+def _generate_one(model: str, args: argparse.Namespace) -> Generation:
+    """Run one engine in a process of its own, so that it gives all memory back."""
+    job = {
+        "model": model,
+        "prompt": args.prompt,
+        "max_tokens": args.max_tokens,
+        "dtype": args.dtype,
+        "max_model_len": args.max_model_len,
+    }
+    command = [sys.executable, "-m", "nbl_modifier.cli.vllm_worker"]
+    with tempfile.TemporaryDirectory() as folder:
+        answer, log = Path(folder) / "answer.json", Path(folder) / "log"
+        with log.open("wb") as file:
+            output = None if args.debug else file
+            process = subprocess.run(
+                [*command, json.dumps(job), str(answer)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                check=False,
+            )
+        if process.returncode != 0 or not answer.exists():
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            tail = "\n".join(lines[-_LOG_TAIL_LINES:])
+            raise RuntimeError(
+                f"model {model}: vLLM failed with exit code {process.returncode}. "
+                f"--debug shows its whole log, which ends with:\n{tail}"
+            )
+        return Generation(model=model, **json.loads(answer.read_text("utf-8")))

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``nbl compress`` prints and writes once the checkpoint is saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nbl_modifier.evaluation import PerplexityResult
+    from nbl_modifier.report.schema import NBLReport
+
+PLOT_FILE_NAME = "nbl_ranking.png"
+
+
+def update_report(
+    output: str, model: str, figures: dict[str, PerplexityResult]
+) -> NBLReport:
+    """
+    Add perplexities and sizes to the report beside the weights, and redo the card.
+
+    :param output: checkpoint directory, with ``nbl_report.json``
+    :param model: the base model
+    :param figures: perplexities in order
+    :return: the report as it is now
+    """
+    from nbl_modifier.report.model_card import model_card, quantization_of
+    from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport, write_atomically
+
+    directory = Path(output)
+    evaluation = {
+        f"perplexity {name}": result.perplexity for name, result in figures.items()
+    }
+    if figures:
+        evaluation["held-out tokens"] = next(iter(figures.values())).num_tokens
+    evaluation["weights base, bytes"] = weight_bytes(model)
+    evaluation["weights, bytes"] = weight_bytes(output)
+    report = dataclasses.replace(
+        NBLReport.load(directory / REPORT_FILE_NAME),
+        evaluation={k: float(v) for k, v in evaluation.items() if math.isfinite(v)},
+    )
+    report.save(directory / REPORT_FILE_NAME)
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    card = model_card(report, config["architectures"][0], quantization_of(config))
+    write_atomically(directory / "README.md", card)
+    return report
+
+
+def weight_bytes(model: str) -> int:
+    """
+    Return the size of the model's weight files on disk, in bytes.
+
+    :param model: directory, or a Hugging Face name that is in the local cache
+    """
+    directory = Path(model)
+    if not directory.is_dir():
+        from transformers.utils import cached_file
+
+        cached = cached_file(model, "config.json")
+        if cached is None:  # cannot be: it was loaded a moment ago
+            return 0
+        directory = Path(cached).parent
+    files = [*directory.glob("*.safetensors"), *directory.glob("pytorch_model*.bin")]
+    return sum(file.stat().st_size for file in files)
+
+
+def print_results(
+    output: str, model: str, has_nbl: bool, figures: dict[str, PerplexityResult]
+) -> None:
+    """
+    Print what came out and how to serve it; finish report, model card and plot.
+
+    :param output: checkpoint directory
+    :param model: the base model
+    :param has_nbl: whether there is a report
+    :param figures: perplexities in order, may be empty
+    """
+    from nbl_modifier.report.tables import ranking_table
+
+    print()
+    report = update_report(output, model, figures) if has_nbl else None
+    if report is not None:
+        print(ranking_table(report), end="\n\n")
+    if figures:
+        print(perplexity_table(figures), end="\n\n")
+    base, now = weight_bytes(model), weight_bytes(output)
+    print(f"weights on disk: {base / 1e6:,.2f} MB -> {now / 1e6:,.2f} MB")
+    if report is not None:
+        print(f"KV cache per token: {report.kv_cache_fraction:.1%} of the base model's")
+        print(f"report: {output}/nbl_report.json, model card: {output}/README.md")
+        _plot(report, output)
+    needs = "vLLM and nbl-modifier are" if has_nbl else "vLLM is"
+    print(f"\nserve it, where {needs} installed:")
+    print(f"  vllm serve {output}")
+    print("or try it there:")
+    print(f"  nbl generate {model} {output} --prompt 'Hello'")
+
+
+def perplexity_table(figures: dict[str, PerplexityResult]) -> str:
+    """
+    Return perplexities as aligned text, each with its ratio to the first.
+
+    The ratio's standard error is over windows, compared in pairs.
+
+    :param figures: perplexities in order, the base model's first
+    """
+    base = next(iter(figures.values()))
+    lines = [f"perplexity on {base.num_tokens:,} held-out tokens"]
+    width = max(map(len, figures))
+    for name, result in figures.items():
+        line = f"  {name:<{width}}  {result.perplexity:8.3f}"
+        if result is not base:
+            ratio, error = result.relative_to(base)
+            line += f"   {ratio:.4f} +- {error:.4f} times base"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _plot(report: NBLReport, output: str) -> None:
+    from nbl_modifier.report.plots import plot_ranking
+
+    try:
+        plot_ranking(report, Path(output) / PLOT_FILE_NAME)
+    except ImportError as err:
+        print(f"no plot: {err}")
+    else:
+        print(f"plot: {output}/{PLOT_FILE_NAME}")

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokenizer and token rows that ``nbl compress`` was asked to use."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_MAX_DEFAULT_SEQ_LENGTH = 2048
+
+
+def sequence_length(args: argparse.Namespace, config: PretrainedConfig) -> int:
+    """
+    Return tokens per sequence: what was asked for, or 2048 if the model has as many.
+
+    :param args: the command line
+    :param config: the model's
+    :raises ValueError: if more were asked for than the model has positions
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    wanted = args.max_seq_length
+    if wanted is None:
+        return min(_MAX_DEFAULT_SEQ_LENGTH, limit or _MAX_DEFAULT_SEQ_LENGTH)
+    if limit is not None and wanted > limit:
+        raise ValueError(
+            f"--max-seq-length {wanted}: {args.model} has {limit} positions. Pass "
+            f"{limit} or less."
+        )
+    return wanted
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """
+    Return the model's tokenizer.
+
+    :param model: directory or Hugging Face name
+    :raises ValueError: if there is none
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as err:
+        reason = str(err).strip().splitlines()[0]
+        raise ValueError(
+            f"model {model}: has no tokenizer that can be loaded. Add its tokenizer "
+            f"files. ({reason})"
+        ) from err
+
+
+def calibration_rows(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> Dataset:
+    """
+    Return tokenized calibration rows, at least one.
+
+    :param args: the command line
+    :param tokenizer: the model's
+    :param seq_length: tokens per row, or at most that many for a named dataset
+    :raises ValueError: if there are none; the message names the option
+    :raises FileNotFoundError: if a file does not exist
+    """
+    from nbl_modifier.data import is_local, load_texts, pack
+
+    if is_local(args.dataset):
+        texts = load_texts(args.dataset, "calibration", args.text_column, args.seed)
+        try:
+            return pack(texts, tokenizer, seq_length, args.num_samples)
+        except ValueError as err:
+            raise ValueError(f"--dataset {args.dataset}: {err}") from err
+    rows = _named_dataset(args, tokenizer, seq_length)
+    if len(rows) == 0:
+        raise ValueError(
+            f"--dataset {args.dataset}: is empty. Pass another --split or dataset."
+        )
+    return rows
+
+
+def _named_dataset(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> Dataset:
+    """Let llm-compressor resolve the name, as ``oneshot(dataset=name)`` would."""
+    from llmcompressor.args import DatasetArguments
+    from llmcompressor.datasets.utils import get_processed_dataset
+
+    arguments = DatasetArguments(
+        dataset=args.dataset,
+        dataset_config_name=args.dataset_config,
+        splits=args.split,
+        text_column=args.text_column,
+        max_seq_length=seq_length,
+        num_calibration_samples=args.num_samples,
+    )
+    processor: Any = tokenizer  # what llm-compressor expects, annotated narrower
+    try:
+        return get_processed_dataset(arguments, processor)
+    except KeyError as err:
+        from llmcompressor.transformers.data import TextGenerationDataset
+
+        names = ", ".join(sorted(TextGenerationDataset.registered_names()))
+        raise ValueError(
+            f"--dataset {args.dataset}: no such file, and no dataset that "
+            f"llm-compressor knows by name. It knows {names}."
+        ) from err
+    except (OSError, ValueError) as err:
+        reason = str(err).strip().splitlines()[0]
+        raise ValueError(
+            f"--dataset {args.dataset}: llm-compressor cannot load it. Check the "
+            f"network, --dataset-config, --split and --text-column. ({reason})"
+        ) from err
+
+
+def heldout_rows(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> Dataset | None:
+    """
+    Return held-out token windows, or None if there is to be no perplexity.
+
+    :param args: the command line
+    :param tokenizer: the model's
+    :param seq_length: tokens per window
+    :raises ValueError: if there are none; the message names the option
+    :raises FileNotFoundError: if a file does not exist
+    """
+    from nbl_modifier.data import STDLIB, is_local, load_texts, pack
+
+    source = args.heldout
+    if source is None:
+        source = STDLIB if args.dataset == STDLIB else "none"
+    if source == "none":
+        return None
+    if not is_local(source):
+        raise ValueError(
+            f"--heldout {source}: no such file or folder. Pass '{STDLIB}', a text "
+            "file, a folder of text files, or 'none'."
+        )
+    texts = load_texts(source, "heldout", args.text_column)
+    try:
+        return pack(texts, tokenizer, seq_length, args.heldout_samples)
+    except ValueError as err:
+        raise ValueError(f"--heldout {source}: {err}") from err

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One vLLM engine, one completion: the process that ``nbl generate`` starts."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return what `generate.Generation` holds besides the model's name.
+
+    :param job: model, prompt, max_tokens, dtype, max_model_len
+    """
+    # The engine in this process: its configuration is then complete here.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+    from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        # 1 GiB of KV cache, and no core claimed that another process may be using
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+
+    start = time.perf_counter()
+    engine = LLM(
+        model=job["model"],
+        dtype=job["dtype"],
+        max_model_len=job["max_model_len"],
+        enforce_eager=True,  # for one prompt, compiling takes longer than it saves
+    )
+    load_seconds = time.perf_counter() - start
+    sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"])
+    (output,) = engine.generate([job["prompt"]], sampling, use_tqdm=False)
+    config = engine.llm_engine.vllm_config
+    return {
+        "architecture": config.model_config.architecture,
+        # group-aware: blocks times block size is wrong for hybrid models
+        "kv_cache_tokens": config.cache_config.kv_cache_size_tokens,
+        "completion": output.outputs[0].text,
+        "load_seconds": round(load_seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    answer = main(json.loads(sys.argv[1]))
+    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")

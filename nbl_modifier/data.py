@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Calibration and held-out text, and its packing into token windows.
+
+`datasets` is imported inside the functions that need it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+STDLIB = "stdlib"
+Split = Literal["calibration", "heldout"]
+
+# Tests, other people's packages, and `encodings`, which is tables rather than code.
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
+)
+# Shorter files say nothing, longer ones are generated tables.
+_MIN_CHARACTERS, _MAX_CHARACTERS = 400, 60_000
+_TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py"})
+_TABLE_BUILDERS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+
+
+def is_local(source: str) -> bool:
+    """
+    Return True if ``source`` is the built-in text or names a file or folder.
+
+    Everything else is a dataset name, for llm-compressor to resolve.
+
+    :param source: ``stdlib``, a path, or a dataset name
+    """
+    looks_like_path = source.startswith((".", "~", os.sep)) or (
+        Path(source).suffix.lower() in _TEXT_SUFFIXES | set(_TABLE_BUILDERS)
+    )
+    return source == STDLIB or looks_like_path or Path(source).exists()
+
+
+def load_texts(
+    source: str, split: Split, text_column: str = "text", seed: int = 0
+) -> list[str]:
+    """
+    Return the documents of a local source.
+
+    :param source: ``stdlib``, or a .txt, .json, .jsonl, .csv or .parquet file, or a
+        folder of text files
+    :param split: which half of ``stdlib``; other sources are not split
+    :param text_column: column that holds the text in a table
+    :param seed: order of the calibration half of ``stdlib``
+    :return: non-empty texts
+    :raises FileNotFoundError: if the path does not exist
+    :raises ValueError: if there is no text in it, or no such column
+    """
+    if source == STDLIB:
+        return stdlib_texts(split, seed)
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(
+            f"dataset {source}: no such file or folder. Check the path, or pass "
+            f"'{STDLIB}' for the built-in text."
+        )
+    texts = [text for text in _read(path, text_column) if text and text.strip()]
+    if not texts:
+        raise ValueError(
+            f"dataset {source}: holds no text. Pass a file with text in it, or "
+            f"'{STDLIB}' for the built-in text."
+        )
+    return texts
+
+
+def stdlib_texts(split: Split, seed: int = 0) -> list[str]:
+    """
+    Return source files of the running interpreter's standard library.
+
+    The text differs between Python versions, so a result made with it must name the
+    version (`NBLReport.versions` does). Files of 400 to 60,000 characters; no tests,
+    no installed packages.
+
+    :param split: ``calibration`` is modules inside packages, in an order drawn by
+        ``seed``; ``heldout`` is top-level modules, in order of their names
+    :param seed: order of the calibration files
+    :raises ValueError: if this Python has no source files, such as a frozen one
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (
+        sorted(root.glob("*.py"))
+        if split == "heldout"
+        else sorted(path for path in root.glob("*/**/*.py") if _is_library(path, root))
+    )
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in files]
+    texts = [text for text in texts if _MIN_CHARACTERS <= len(text) <= _MAX_CHARACTERS]
+    if not texts:
+        raise ValueError(
+            f"dataset {STDLIB}: no Python source files under {root}. Pass a text file "
+            "instead, or use a Python that ships its source."
+        )
+    if split == "calibration":
+        random.Random(seed).shuffle(texts)
+    return texts
+
+
+def pack(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+    num_sequences: int | None = None,
+) -> Dataset:
+    """
+    Tokenize documents, join them and cut the result into windows of full length.
+
+    Each document starts with the tokenizer's BOS token, exactly once, whether or not
+    the tokenizer adds it by itself. What does not fill a window at the end is dropped.
+
+    :param texts: documents
+    :param tokenizer: the model's tokenizer
+    :param seq_length: tokens per window
+    :param num_sequences: windows wanted at most; None for all there are
+    :return: rows with ``input_ids`` and ``attention_mask`` (all ones), each a list of
+        ``seq_length``
+    :raises ValueError: if there is not one full window
+    """
+    from datasets import Dataset
+
+    if seq_length < 2 or (num_sequences is not None and num_sequences < 1):
+        raise ValueError(
+            "pack needs seq_length >= 2 and num_sequences >= 1, got "
+            f"seq_length={seq_length}, num_sequences={num_sequences}."
+        )
+    tokens: list[int] = []
+    wanted = None if num_sequences is None else seq_length * num_sequences
+    for document in _tokenize(texts, tokenizer):
+        tokens += document
+        if wanted is not None and len(tokens) >= wanted:
+            break
+    count = len(tokens) // seq_length
+    if count == 0:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, not one window of {seq_length}. Pass "
+            "more text or a smaller sequence length."
+        )
+    count = count if num_sequences is None else min(count, num_sequences)
+    windows = [tokens[i * seq_length : (i + 1) * seq_length] for i in range(count)]
+    masks = [[1] * seq_length] * count
+    return Dataset.from_dict({"input_ids": windows, "attention_mask": masks})
+
+
+def _is_library(path: Path, root: Path) -> bool:
+    return _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)
+
+
+def _read(path: Path, text_column: str) -> Iterator[str]:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        for file in files:
+            if file.suffix.lower() in _TEXT_SUFFIXES:
+                yield file.read_text(encoding="utf-8", errors="replace")
+    elif path.suffix.lower() in _TABLE_BUILDERS:
+        yield from _read_table(path, text_column)
+    else:
+        yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def _read_table(path: Path, text_column: str) -> list[str]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    if path.stat().st_size == 0:  # datasets would raise about a missing schema
+        return []
+    builder = _TABLE_BUILDERS[path.suffix.lower()]
+    try:
+        table = load_dataset(builder, data_files=str(path), split="train")
+    except DatasetGenerationError as err:
+        raise ValueError(
+            f"dataset {path}: cannot be read as {builder} ({err.__cause__ or err}). "
+            "Check the file."
+        ) from err
+    if text_column not in table.column_names:
+        raise ValueError(
+            f"dataset {path}: no column '{text_column}', it has "
+            f"{sorted(table.column_names)}. Pass --text-column with one of them."
+        )
+    return [str(value) for value in table[text_column] if value is not None]
+
+
+def _tokenize(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[int]]:
+    bos = tokenizer.bos_token_id
+    for text in texts:
+        # verbose=False: documents longer than the model's context are fine here
+        ids = list(tokenizer(text, verbose=False)["input_ids"])
+        if bos is not None and ids[:1] != [bos]:
+            ids.insert(0, bos)
+        yield ids

@@ -1,0 +1,212 @@
+"""
+Writing linearized checkpoints: whole or not at all, and never as the base model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME, cached_file
+
+from ..architectures import Architecture
+from .configuration_nbl import LinearizedLayer, config_class, nbl_config_block
+from .modeling_nbl import model_class
+
+__all__ = ["check_output_directory", "convert_in_place", "publish_on_save"]
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def convert_in_place(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    layers: dict[int, LinearizedLayer],
+    **provenance: Any,
+) -> None:
+    """
+    Make a base model whose layers were already replaced an ``NBL*ForCausalLM``.
+
+    Only the classes of the model and of its configuration change. The configuration is
+    changed in place, since every submodule holds a reference to it.
+
+    :param model: the causal language model
+    :param architecture: its family
+    :param layers: the linearized layers by index
+    :param provenance: plain values to keep in ``nbl_config``, e.g. ``criterion``
+    """
+    config = model.config
+    config.__class__ = config_class(architecture)
+    # from_pretrained() leaves the base's model_type on the instance, which would
+    # shadow the new class's and save a checkpoint that claims to be the base model.
+    config.__dict__.pop("model_type", None)
+    config.nbl_config = nbl_config_block(layers, **provenance)
+    model.__class__ = model_class(architecture.causal_lm, architecture)
+    config.architectures = [architecture.nbl_causal_lm]
+
+
+def check_output_directory(
+    directory: str | os.PathLike[str], architecture: Architecture
+) -> None:
+    """
+    Refuse a directory that cannot be written or holds another model.
+
+    An earlier checkpoint of the same linearized family may be written over.
+
+    :param directory: where a checkpoint is to be written; need not exist
+    :param architecture: the family of the model to be written
+    :raises NotADirectoryError: if it is a file
+    :raises PermissionError: if it, or the nearest directory above it, is read-only
+    :raises FileExistsError: if it holds the weights of another model
+    """
+    path = Path(directory).absolute()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(
+            f"output directory {path} is a file. Choose another directory."
+        )
+    # The checkpoint is written beside the directory and then moved into place.
+    existing = next(parent for parent in (path.parent, *path.parents) if parent.exists())
+    for needed in (existing, path) if path.exists() else (existing,):
+        if not os.access(needed, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f"output directory {path}: cannot write to {needed}. Choose another "
+                "directory, or change its permissions."
+            )
+    if not path.exists() or not any(
+        (path / CONFIG_NAME).exists() or any(path.glob(pattern)) for pattern in _WEIGHTS
+    ):
+        return
+    found = None
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((path / CONFIG_NAME).read_text())["model_type"]
+    if found != architecture.nbl_model_type:
+        raise FileExistsError(
+            f"output directory {path} holds another model (model_type {found!r}; this "
+            f"one is {architecture.nbl_model_type!r}). Choose another directory, or "
+            "empty that one."
+        )
+
+
+def publish_on_save(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    *,
+    before: Callable[[], None],
+    extra_files: Callable[[Path], None],
+    is_source_process: Callable[[], bool] = lambda: True,
+) -> None:
+    """
+    Make ``model.save_pretrained`` write a linearized checkpoint, whole or not at all.
+
+    The checkpoint is written to a hidden directory beside the target and moved there
+    when it is complete, ``config.json`` last, so that a run killed at any moment leaves
+    nothing that loads. Wraps llm-compressor's own wrapper, which compresses.
+
+    :param model: the causal language model, with layers replaced
+    :param architecture: its family
+    :param before: called first; converts the model if that is still to be done
+    :param extra_files: writes the report and the model card into a directory
+    :param is_source_process: whether this process writes, in a distributed run
+    """
+    inner = model.save_pretrained
+
+    @wraps(inner)
+    def save_pretrained(
+        save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        target = Path(save_directory).absolute()
+        check_output_directory(target, architecture)
+        before()
+        staging = target.with_name(f".{target.name}.incomplete")
+        if is_source_process():
+            shutil.rmtree(staging, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", target.name)  # not that of the hidden one
+        with _own_config(model.config, architecture):
+            inner(str(staging), *args, **kwargs)
+        if is_source_process():
+            _check_model_type(staging, architecture)
+            extra_files(staging)
+            _move_into_place(staging, target)
+
+    # llm-compressor wraps what does not carry this mark; a later oneshot() on this
+    # model must not wrap it again and rewrite config.json after it.
+    save_pretrained._overridden = True  # type: ignore[attr-defined]
+    model.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _own_config(config: PretrainedConfig, architecture: Architecture) -> Iterator[None]:
+    """
+    Let llm-compressor find the linearized model's ``config.json`` as the original one.
+
+    While saving it replaces the file that transformers wrote by the one at
+    ``config._name_or_path`` (llmcompressor 0.14.0.1,
+    transformers/compression/compressed_tensors_utils.py, ``resave_config``): the base
+    model's, under which the checkpoint would load with random attention weights. Even
+    for a moment that must not exist on disk.
+    """
+    name_or_path = config._name_or_path
+    if not name_or_path:
+        yield  # nothing to read: transformers' own file is kept
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        # The original file rather than transformers' rendering of it: other readers
+        # of the checkpoint know its spelling.
+        original = cached_file(
+            name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False
+        )
+        content = json.loads(Path(original).read_text()) if original else {}
+        content |= {
+            "model_type": architecture.nbl_model_type,
+            "architectures": [architecture.nbl_causal_lm],
+            "nbl_config": config.nbl_config,
+        }
+        content.pop("auto_map", None)
+        if not original:
+            content = {**config.to_dict(), **content}
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(content, indent=2))
+        config._name_or_path = folder
+        try:
+            yield
+        finally:
+            config._name_or_path = name_or_path
+
+
+def _check_model_type(directory: Path, architecture: Architecture) -> None:
+    saved = json.loads((directory / CONFIG_NAME).read_text())
+    expected = (architecture.nbl_model_type, [architecture.nbl_causal_lm])
+    if (saved.get("model_type"), saved.get("architectures")) != expected or not saved.get(
+        "nbl_config"
+    ):
+        shutil.rmtree(directory)
+        raise RuntimeError(
+            f"config.json was saved with model_type {saved.get('model_type')!r} and "
+            f"architectures {saved.get('architectures')}, expected {expected}: it would "
+            "load as the base model with random attention weights, so nothing was "
+            "kept. This llm-compressor is not one that nbl_modifier was tested with."
+        )
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    # While files are exchanged the directory must not load: config.json goes first
+    # and comes last. Shards of an earlier, larger checkpoint must not stay behind.
+    (target / CONFIG_NAME).unlink(missing_ok=True)
+    for pattern in _WEIGHTS:
+        for stale in target.glob(pattern):
+            stale.unlink()
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_NAME):
+        path.replace(target / path.name)
+    staging.rmdir()

@@ -1,0 +1,136 @@
+"""
+Configuration of linearized checkpoints: which layers are linear, and in what way.
+
+Imports only transformers and the table of architectures, since this file is also
+copied beside checkpoints that load with ``trust_remote_code=True``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..architectures import ARCHITECTURES, Architecture
+
+__all__ = ["FORMAT_VERSION", "LinearizedLayer", "NBLConfigMixin", "config_class"]
+
+#: Version of the ``nbl_config`` block; a reader refuses a newer one.
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LinearizedLayer:
+    """
+    How one decoder layer was linearized.
+
+    :param input: what the linear layer reads: the ``residual`` stream (the input norm
+        is folded into the map and gone) or the output of the input norm (``normalized``)
+    :param kind: the part of the layer that was replaced
+    :param method: what replaced it
+    """
+
+    input: Literal["residual", "normalized"]
+    kind: Literal["attention"] = "attention"
+    method: Literal["linear"] = "linear"
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("input", ("residual", "normalized")),
+            ("kind", ("attention",)),
+            ("method", ("linear",)),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(
+                    f"nbl_config: {field} must be one of {allowed}, got "
+                    f"{getattr(self, field)!r}. The checkpoint was written by a newer "
+                    "nbl_modifier, or edited; upgrade with `pip install -U "
+                    "nbl-modifier`."
+                )
+
+
+class NBLConfigMixin:
+    """Adds the ``nbl_config`` block to a base model's configuration class."""
+
+    nbl_config: dict[str, Any] | None = None
+
+    def linearized_layers(self) -> dict[int, LinearizedLayer]:
+        """
+        Return the linearized layers by decoder layer index, in order.
+
+        :raises ValueError: if the block is missing, of a newer format, or names a layer
+            that the model does not have
+        """
+        block = self.nbl_config
+        if block is None:
+            raise ValueError(
+                f"config.json of model type {self.model_type!r} has no `nbl_config` "  # type: ignore[attr-defined]
+                "block, which names its linearized layers. The checkpoint is damaged; "
+                "write it again with nbl_modifier."
+            )
+        if block["version"] > FORMAT_VERSION:
+            raise ValueError(
+                f"nbl_config: format version {block['version']} is newer than "
+                f"{FORMAT_VERSION}, the newest this nbl_modifier reads. Upgrade with "
+                "`pip install -U nbl-modifier`."
+            )
+        layers = {
+            int(index): LinearizedLayer(**entry)
+            for index, entry in sorted(
+                block["layers"].items(), key=lambda item: int(item[0])
+            )
+        }
+        num_layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
+        outside = [index for index in layers if not 0 <= index < num_layers]
+        if outside:
+            raise ValueError(
+                f"nbl_config: layers {outside} do not exist, the model has layers 0 to "
+                f"{num_layers - 1}."
+            )
+        return layers
+
+
+def nbl_config_block(
+    layers: dict[int, LinearizedLayer], **provenance: Any
+) -> dict[str, Any]:
+    """
+    Return the JSON form of ``layers``, the ``nbl_config`` block of ``config.json``.
+
+    :param layers: the linearized layers by decoder layer index
+    :param provenance: plain values kept beside them, e.g. ``criterion``
+    """
+    return {
+        "version": FORMAT_VERSION,
+        "layers": {str(index): asdict(layers[index]) for index in sorted(layers)},
+        **provenance,
+    }
+
+
+def _make_config_class(architecture: Architecture) -> type[PreTrainedConfig]:
+    base = CONFIG_MAPPING[architecture.model_type]
+    return type(
+        "NBL" + base.__name__,
+        (NBLConfigMixin, base),
+        {"model_type": architecture.nbl_model_type, "__module__": __name__},
+    )
+
+
+_CONFIG_CLASSES: dict[str, type[PreTrainedConfig]] = {}
+
+
+def config_class(architecture: Architecture) -> type[PreTrainedConfig]:
+    """Return the configuration class of the family's linearized models."""
+    if architecture.model_type not in _CONFIG_CLASSES:
+        _CONFIG_CLASSES[architecture.model_type] = _make_config_class(architecture)
+    return _CONFIG_CLASSES[architecture.model_type]
+
+
+def __getattr__(name: str) -> type[PreTrainedConfig]:
+    # Classes are made on first use: importing all families' configurations would load
+    # a dozen transformers modules into every vLLM worker.
+    for architecture in ARCHITECTURES.values():
+        if name.startswith("NBL") and config_class(architecture).__name__ == name:
+            return config_class(architecture)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,342 @@
+"""NBLModifier: Neural Block Linearization as an llm-compressor modifier."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from compressed_tensors.distributed import is_source_process
+from llmcompressor.args import DatasetArguments
+from llmcompressor.core import Event, State, active_session
+from llmcompressor.modifiers import Modifier, ModifierFactory
+from llmcompressor.transformers.compression.compressed_tensors_utils import (
+    modify_save_pretrained,
+)
+from loguru import logger
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import composition
+from .architectures import Architecture
+from .calibration import Calibration
+from .hf.checkpoint import check_output_directory, convert_in_place, publish_on_save
+from .hf.configuration_nbl import LinearizedLayer
+from .hf.modeling_nbl import decoder_layers
+from .preflight import candidate_layers, check_calibration_data, check_model
+from .report.model_card import write_report
+from .report.provenance import collect_versions, utc_timestamp
+from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
+from .report.tables import ranking_table
+from .selection import choose_layers
+from .surgery import replace_attention
+from .upstream import running_oneshot
+
+__all__ = ["NBLModifier"]
+
+
+class NBLModifier(Modifier):
+    """
+    Replace the attention layers that behave almost linearly by one linear layer each.
+
+    Neural Block Linearization, arXiv:2505.21077. For an attention layer with input X
+    and output Y the replacement is the LMMSE estimator ``y = W x + b`` with
+    ``W = C_yx C_xx^-1`` and ``b = E[y] - W E[x]``, from calibration activations
+    (Algorithm 1). Layers are ranked by the CCA bound on their linearization error,
+    ``sum_i (1 - rho_i^2)`` with rho the canonical correlations of the residual stream
+    before and after attention (Algorithm 2), or by the error itself; the lowest are
+    replaced. A replaced layer has no KV cache.
+
+    Lifecycle:
+
+    - on_initialize: check recipe, model, data and output directory
+    - on_calibration_start: register hooks on attention and its input norm
+    - on_sequential_epoch_end: solve the finished layers, free their statistics
+    - on_calibration_end: rank, replace, let later modifiers see the new model
+    - on_finalize: turn model and configuration into their linearized classes
+
+    ```yaml
+    default_stage:
+      default_modifiers:
+        NBLModifier: {num_layers: 12}
+        GPTQModifier: {scheme: W4A16, targets: [Linear], ignore: [lm_head]}
+    ```
+
+    :param num_layers: how many attention layers to replace, the best-ranked ones
+    :param layers: the decoder layers to replace, by index from 0, instead of
+        ``num_layers``; only these are measured
+    :param targets: names, ``re:`` patterns or class names of the attention modules that
+        may be replaced; all of the decoder if not given
+    :param ignore: the same, of attention modules to keep
+    :param criterion: what layers are ranked by, lowest first: ``cca_bound`` (the
+        paper's) or ``nmse``, the unexplained fraction of the attention output's variance
+    :param input: what the linear layer reads: the ``residual`` stream (the paper's; the
+        input norm is folded into the map and removed) or the output of the input norm
+        (``normalized``)
+    :param dampening_frac: added to the diagonal of C_xx, as a fraction of its mean;
+        dimensionless, >= 0. A singular C_xx is dampened further, which is reported
+    """
+
+    num_layers: int | None = Field(default=None, ge=1)
+    layers: list[int] | None = None
+    targets: list[str] | None = None
+    ignore: list[str] = Field(default_factory=list)
+    criterion: Literal["cca_bound", "nmse"] = "cca_bound"
+    input: Literal["residual", "normalized"] = "residual"
+    dampening_frac: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+
+    # A property of the class, not a choice: kept out of recipe.yaml.
+    requires_calibration_data: bool = Field(default=True, exclude=True, frozen=True)
+
+    _architecture: Architecture = PrivateAttr()
+    _candidates: dict[int, str] = PrivateAttr(default_factory=dict)
+    _later: list[Modifier] = PrivateAttr(default_factory=list)
+    _initialize_kwargs: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _dataset_args: DatasetArguments | None = PrivateAttr(default=None)
+    _propagate_error: bool = PrivateAttr(default=True)
+    _num_samples: int = PrivateAttr(default=0)
+    _calibration: Calibration | None = PrivateAttr(default=None)
+    _report: NBLReport | None = PrivateAttr(default=None)
+
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is None:
+            return None
+        if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
+            raise ValueError(
+                "must be distinct decoder layer indices >= 0, at least one, got "
+                f"{layers}."
+            )
+        return sorted(layers)
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        if (self.num_layers is None) == (self.layers is None):
+            given = "neither" if self.num_layers is None else "both"
+            raise ValueError(
+                f"NBLModifier needs num_layers (how many attention layers to replace) "
+                f"or layers (which ones), got {given}."
+            )
+        return self
+
+    @property
+    def report(self) -> NBLReport | None:
+        """What was measured and decided, once calibration has ended."""
+        return self._report
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:
+        """
+        Check everything that can be checked before calibration.
+
+        :param state: session state with the model and the calibration data
+        :raises ValueError: for a field or calibration set that does not fit the model
+        :raises NotImplementedError: for an unsupported architecture, recipe or run
+        :raises OSError: if the output directory cannot take the checkpoint
+        """
+        model: PreTrainedModel = state.model
+        self._architecture = check_model(model)
+        self._check_recipe()
+        self._initialize_kwargs = kwargs
+        self._candidates = self._choose_from(model)
+        self._num_samples = check_calibration_data(
+            state.data.calib, model.config.hidden_size
+        )
+        oneshot = running_oneshot()
+        if oneshot is not None:
+            self._dataset_args = oneshot.dataset_args
+            if oneshot.output_dir is not None:
+                check_output_directory(oneshot.output_dir, self._architecture)
+        return True
+
+    def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
+        """
+        Register the hooks that stream activations into statistics.
+
+        :raises ValueError: if other modifiers share this calibration pass
+        """
+        sharing = [
+            m for m in active_session().lifecycle.recipe.modifiers if m is not self
+        ]
+        if sharing:
+            raise ValueError(
+                f"NBLModifier shares its calibration pass with "
+                f"{', '.join(type(m).__name__ for m in sharing)}, which would work on "
+                "attention layers that are about to be replaced. Use "
+                "oneshot(pipeline='independent'), the default."
+            )
+        if self._dataset_args is not None:
+            # Nothing changes during this pass, so running every layer a second time
+            # to propagate the change would only double its cost. The pipeline reads
+            # the argument layer by layer; on_calibration_end restores it.
+            self._propagate_error = self._dataset_args.propagate_error
+            self._dataset_args.propagate_error = False
+        layers = decoder_layers(state.model, self._architecture)
+        attentions = {
+            index: layers[index].get_submodule(self._architecture.attention)
+            for index in self._candidates
+        }
+        self._calibration = Calibration(
+            attentions,
+            self._candidates,
+            normalized=self.input == "normalized",
+            dampening_frac=self.dampening_frac,
+            criterion=self.criterion,
+            keep=self.num_layers or len(attentions),
+        )
+        for index, attention in attentions.items():
+            norm = layers[index].get_submodule(self._architecture.input_norm)
+            see_norm = partial(self._calibration.see_norm_input, state, index)
+            see_attention = partial(self._calibration.see_attention, state, index)
+            self.register_hook(norm, see_norm, "forward_pre")
+            self.register_hook(attention, see_attention, "forward", with_kwargs=True)
+
+    def on_sequential_epoch_end(
+        self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
+    ) -> None:
+        """
+        Solve the layers among ``modules`` and free their statistics.
+
+        :param modules: what the pipeline has finished calibrating
+        :raises ValueError: naming the layer, if it saw too few tokens
+        :raises torch.linalg.LinAlgError: naming the layer, if it cannot be solved
+        """
+        assert self._calibration is not None
+        self._calibration.solve_finished(modules)
+
+    def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
+        """
+        Choose layers, replace them, and let later modifiers resolve the new model.
+
+        :raises RuntimeError: if a layer was never reached by calibration data
+        """
+        self.remove_hooks()
+        if self._dataset_args is not None:
+            self._dataset_args.propagate_error = self._propagate_error
+        calibration, self._calibration = self._calibration, None
+        assert calibration is not None
+        unseen = [n for i, n in self._candidates.items() if i not in calibration.measured]
+        if unseen:
+            raise RuntimeError(
+                f"{unseen[0]}: no activations were seen ({len(unseen)} such layers). "
+                "Attention must run as a module: set sequential_targets to the decoder "
+                "layer class, or leave it unset."
+            )
+        model: PreTrainedModel = state.model
+        report = self._report = self._make_report(model, calibration)
+        logger.info("NBL ranking\n{}", ranking_table(report))
+        layers = decoder_layers(model, self._architecture)
+        spec = LinearizedLayer(input=self.input)
+        for index in report.selected_layers:
+            weight, bias = calibration.maps[index]
+            replace_attention(
+                layers[index], self._architecture, index, spec, weight, bias
+            )
+        # From here on the model must not be saved as what it no longer is, not even
+        # if a later modifier fails.
+        modify_save_pretrained(model)
+        publish_on_save(
+            model,
+            self._architecture,
+            before=partial(self._convert, model),
+            extra_files=self._write_report,
+            is_source_process=is_source_process,
+        )
+        composition.refresh(self._later, state, self._initialize_kwargs)
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:
+        """Make model and configuration those of a linearized checkpoint."""
+        # llm-compressor also finalizes the modifiers of a run that failed before.
+        if self._report is not None:
+            self._convert(state.model)
+            recipe = active_session().lifecycle.recipe.yaml()
+            self._report = dataclasses.replace(self._report, recipe=recipe)
+        return True
+
+    def _check_recipe(self) -> None:
+        recipe: list[Modifier] = active_session().lifecycle.recipe.modifiers
+        position = next((i for i, m in enumerate(recipe) if m is self), None)
+        if position is None:  # initialized by hand, outside of a recipe
+            return
+        earlier, self._later = recipe[:position], recipe[position + 1 :]
+        if any(isinstance(modifier, NBLModifier) for modifier in earlier):
+            raise ValueError(
+                "the recipe has two NBLModifiers, and the second would rank layers of "
+                "a model that the first is about to change. Use one."
+            )
+        composition.check_order(earlier, self._later)
+
+    def _choose_from(self, model: PreTrainedModel) -> dict[int, str]:
+        """Return the attention layers to measure, names by layer index."""
+        found = candidate_layers(model, self._architecture, self.targets, self.ignore)
+        if self.layers is None:
+            assert self.num_layers is not None
+            if self.num_layers > len(found):
+                raise ValueError(
+                    f"NBLModifier.num_layers: there are {len(found)} attention layers "
+                    f"to choose from, got {self.num_layers}."
+                )
+            return found
+        missing = [index for index in self.layers if index not in found]
+        if missing:
+            raise ValueError(
+                f"NBLModifier.layers: {missing} are not among the attention layers to "
+                f"choose from, {sorted(found)}."
+            )
+        return {index: found[index] for index in self.layers}
+
+    def _make_report(
+        self, model: PreTrainedModel, calibration: Calibration
+    ) -> NBLReport:
+        scores = calibration.scores()
+        choices = choose_layers(
+            scores, self.criterion, num_layers=self.num_layers, layers=self.layers
+        )
+        results = [
+            LayerResult(
+                name=self._candidates[choice.index],
+                index=choice.index,
+                score=scores[choice.index],
+                rank=choice.rank,
+                selected=choice.selected,
+                reason=choice.reason,
+                **dataclasses.asdict(calibration.measured[choice.index]),
+            )
+            for choice in choices
+        ]
+        return NBLReport(
+            format_version=FORMAT_VERSION,
+            model=model.config._name_or_path,
+            model_type=self._architecture.model_type,
+            num_hidden_layers=len(decoder_layers(model, self._architecture)),
+            criterion=self.criterion,
+            input=self.input,
+            selected_layers=sorted(c.index for c in choices if c.selected),
+            layers=results,
+            num_calibration_samples=self._num_samples,
+            num_tokens=max(result.num_tokens for result in results),
+            calibration_seconds=calibration.seconds,
+            dampening_frac=self.dampening_frac,
+            recipe=None,
+            versions=collect_versions(),
+            created=utc_timestamp(),
+        )
+
+    def _convert(self, model: PreTrainedModel) -> None:
+        assert self._report is not None
+        spec = LinearizedLayer(input=self.input)
+        convert_in_place(
+            model,
+            self._architecture,
+            {index: spec for index in self._report.selected_layers},
+            criterion=self.criterion,
+        )
+
+    def _write_report(self, directory: Path) -> None:
+        assert self._report is not None
+        write_report(self._report, directory)
+
+
+ModifierFactory.register("NBLModifier", NBLModifier)

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Second moments, LMMSE and CCA in float64. Imports torch and the standard library
+only: no transformers, no llmcompressor, no logging.
+"""
+
+from .cca import canonical_correlations, nmse_bound
+from .covariance import CovarianceAccumulator
+from .lmmse import LinearMap, mse, nmse, solve_lmmse
+from .psd import DampedCholesky, damped_cholesky
+from .stats import CovarianceStats, NonFiniteError
+
+__all__ = [
+    "CovarianceAccumulator",
+    "CovarianceStats",
+    "DampedCholesky",
+    "LinearMap",
+    "NonFiniteError",
+    "canonical_correlations",
+    "damped_cholesky",
+    "mse",
+    "nmse",
+    "nmse_bound",
+    "solve_lmmse",
+]

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Damped Cholesky factorization of a covariance matrix, scaled to unit variances first.
+The only place where positive definiteness is decided.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Relative dampening tried in turn when a matrix is not numerically positive definite.
+# The first is 50 times the rounding error d * eps of a factorization at d = 8192: one
+# step nearly always does, and it is still nothing to the variances.
+_ESCALATION = (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+_INVERSE_ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class DampedCholesky:
+    """
+    Factor ``L = diag(scale) @ factor`` of a damped covariance ``A = L L^T``.
+
+    ``scale`` holds the standard deviations, ``factor`` is the Cholesky factor of the
+    correlation matrix, so it is indifferent to the units of each channel.
+
+    :param scale: ``[d]``, float64, positive; 1 for a dead channel
+    :param factor: ``[d, d]``, float64, lower triangular, column-major for LAPACK
+    :param dampening_frac: what was added to the diagonal, in total, as a fraction of
+        the trace of the covariance; dimensionless, 0 if nothing was
+    :param num_dead: channels of zero variance
+    """
+
+    scale: Tensor
+    factor: Tensor
+    dampening_frac: float
+    num_dead: int = 0
+
+    def half_solve(self, rhs: Tensor) -> Tensor:
+        """
+        Return ``L^-1 rhs``.
+
+        :param rhs: ``[d, k]``, float64; not modified
+        :return: ``[d, k]``, float64, in the memory order of ``rhs``
+        :raises ValueError: if ``rhs`` does not have d rows
+        """
+        width = self.scale.shape[0]
+        if rhs.dim() != 2 or rhs.shape[0] != width:
+            raise ValueError(
+                f"right-hand side: the factor is of a {width} x {width} matrix, "
+                f"got shape {tuple(rhs.shape)}."
+            )
+        half = rhs / self.scale[:, None]
+        return torch.linalg.solve_triangular(self.factor, half, upper=False, out=half)
+
+    def solve(self, rhs: Tensor) -> Tensor:
+        """
+        Return ``A^-1 rhs = L^-T L^-1 rhs``.
+
+        :param rhs: ``[d, k]``, float64; not modified
+        :return: ``[d, k]``, float64, in the memory order of ``rhs``
+        :raises ValueError: if ``rhs`` does not have d rows
+        """
+        full = self.half_solve(rhs)
+        torch.linalg.solve_triangular(self.factor.mT, full, upper=True, out=full)
+        return full.div_(self.scale[:, None])
+
+
+def damped_cholesky(
+    cov: Tensor, dampening_frac: float = 0.0, max_dampening_frac: float = 1e-3
+) -> DampedCholesky:
+    """
+    Factor ``A = cov + ridge I + extra diag(cov + ridge I)``, ``extra`` mostly 0.
+
+    ``ridge = dampening_frac * mean(diag(cov))`` is what was asked for, as in GPTQ:
+    the same for every channel. ``extra`` is added only if that matrix is not
+    numerically positive definite (more channels than tokens, duplicated channels):
+    1e-10, then 10 times more until it is. It is relative to each channel's own
+    variance, i.e. a multiple of I on the correlation matrix that is factored: the
+    smallest change in the units in which solvability is decided, and independent of
+    those units. A multiple of ``mean(diag(cov))`` would not do: one
+    massive-activation channel (1e10 times the variance of the others) sets that mean,
+    and a ridge of 1e-10 of it would erase all other channels.
+
+    Numerically positive definite means: Cholesky succeeds and the smallest
+    eigenvalue of the correlation matrix, estimated from the factor, exceeds
+    ``d * eps``, the size of the factorization's own rounding error. The smallest
+    pivot is an upper bound of that eigenvalue and alone would let singular matrices
+    pass. Conditioning that comes from the channels' scales alone costs nothing.
+
+    A channel of zero variance says nothing about any other. Undamped, it becomes a row
+    and column of the identity: it decouples, and the others need no dampening for it.
+
+    :param cov: ``[d, d]``, float64, covariance; only the lower triangle is used
+    :param dampening_frac: requested, fraction of ``mean(diag(cov))``, >= 0
+    :param max_dampening_frac: largest ``extra`` to try; 0 forbids it
+    :return: factor; its ``dampening_frac`` is ``trace(A - cov) / trace(cov)``
+    :raises ValueError: if ``cov`` is not square and finite, or ``dampening_frac`` is
+        negative or not finite
+    :raises torch.linalg.LinAlgError: if a variance is negative, or the largest
+        dampening was not enough
+    """
+    _check_arguments(cov, dampening_frac)
+    diagonal = cov.diagonal()
+    width = cov.shape[0]
+    scale = (diagonal + dampening_frac * diagonal.mean()).sqrt()
+    scale = scale.masked_fill(scale == 0, 1.0)
+    correlation = (cov / scale[:, None]).div_(scale)
+    tolerance = width * torch.finfo(cov.dtype).eps
+    extra = pivot = eigenvalue = 0.0
+    for extra in (0.0, *(e for e in _ESCALATION if e <= max_dampening_frac)):
+        correlation.diagonal().fill_(1.0 + extra)
+        factor, info = torch.linalg.cholesky_ex(correlation)
+        pivot, eigenvalue = _definiteness(factor, int(info))
+        if eigenvalue > tolerance:
+            used = dampening_frac + extra * (1.0 + dampening_frac)
+            return DampedCholesky(scale, factor, used, int((diagonal == 0).sum()))
+    raise torch.linalg.LinAlgError(
+        f"covariance is not positive definite: smallest pivot {pivot:.1e}, smallest "
+        f"eigenvalue about {eigenvalue:.1e} in units of the variances, needed "
+        f"{tolerance:.1e} (d={width}), after adding {extra:.0e} of each variance. "
+        "Use more calibration tokens than d, set a larger dampening_frac (such as "
+        "0.01), or allow a larger max_dampening_frac."
+    )
+
+
+def _check_arguments(cov: Tensor, dampening_frac: float) -> None:
+    if cov.dim() != 2 or cov.shape[0] != cov.shape[1]:
+        raise ValueError(f"cov: expected a square matrix, got {tuple(cov.shape)}.")
+    if not (0.0 <= dampening_frac < math.inf):
+        raise ValueError(f"dampening_frac: must be finite, >= 0, got {dampening_frac}.")
+    if not bool(cov.sum().isfinite()):
+        raise ValueError("cov: must be finite, got NaN or inf.")
+    smallest = float(cov.diagonal().min())
+    if smallest < 0:
+        raise torch.linalg.LinAlgError(
+            f"covariance is not positive semidefinite: got a variance of {smallest}."
+        )
+
+
+def _definiteness(factor: Tensor, info: int) -> tuple[float, float]:
+    """
+    Return the smallest pivot and an estimate, from above, of the smallest eigenvalue.
+
+    Inverse iteration, O(d^2), from ``L^-T e_k`` with k the smallest pivot: for a
+    singular matrix that is its null vector. For a unit vector v the estimate is
+    ``1 / (v^T A^-1 v) = 1 / ||L^-1 v||^2``.
+    """
+    pivots = factor.diagonal()
+    if info > 0:  # LAPACK stopped at this pivot, before its square root
+        pivot = min(float(pivots[info - 1]), 0.0)
+        return pivot, pivot  # no eigenvalue estimate, but it is at most the pivot
+    vector = torch.zeros_like(pivots)[:, None]
+    vector[pivots.argmin()] = 1.0
+    half = vector
+    for _ in range(_INVERSE_ITERATIONS):
+        vector = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+        vector = vector / torch.linalg.vector_norm(vector)
+        half = torch.linalg.solve_triangular(factor, vector, upper=False)
+    return float(pivots.min()) ** 2, 1.0 / float(half.square().sum())

@@ -1,0 +1,144 @@
+"""What can be refused before calibration starts: models, layers, calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from compressed_tensors.utils import match_named_modules
+from loguru import logger
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architectures import Architecture, architecture_of
+from .hf.modeling_nbl import decoder_layers
+
+__all__ = [
+    "candidate_layers",
+    "check_calibration_data",
+    "check_model",
+    "check_num_tokens",
+]
+
+# Below this many tokens per dimension in-sample scores are visibly optimistic.
+_FEW_TOKENS_PER_DIMENSION = 10
+
+
+def check_model(model: PreTrainedModel) -> Architecture:
+    """
+    Return the family of a model that can be linearized.
+
+    :param model: a causal language model as transformers loads it
+    :raises NotImplementedError: if its family is not supported, or the run is
+        distributed
+    :raises ValueError: if it is linearized or quantized already
+    """
+    model_type: str = model.config.model_type
+    architecture = architecture_of(model_type)
+    if model_type == architecture.nbl_model_type:
+        raise ValueError(
+            f"the model is linearized already (model_type {model_type!r}). Start from "
+            f"the base model, with as many layers as wanted in all."
+        )
+    quantized = next(
+        (n for n, m in model.named_modules() if hasattr(m, "quantization_scheme")), None
+    )
+    if quantized is not None:
+        raise ValueError(
+            f"{quantized}: the model is quantized already; linear layers made now would "
+            "not be. Start from the unquantized model, NBLModifier first in the recipe."
+        )
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        raise NotImplementedError(
+            "NBLModifier does not calibrate on several ranks yet. Run one process."
+        )
+    return architecture
+
+
+def candidate_layers(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    targets: Sequence[str] | None,
+    ignore: Sequence[str],
+) -> dict[int, str]:
+    """
+    Return the attention modules that may be replaced, names by decoder layer index.
+
+    :param model: the causal language model
+    :param architecture: its family
+    :param targets: names, ``re:`` patterns or class names; None: all of the decoder
+    :param ignore: the same, to leave out
+    :raises ValueError: if a target matches no attention module of the decoder
+    """
+    count = len(decoder_layers(model, architecture))
+    names = [architecture.attention_name(index) for index in range(count)]
+
+    def matching(pattern: str) -> set[str]:
+        found = {name for name, _ in match_named_modules(model, [pattern], [])}
+        return found & set(names)
+
+    allowed = set(names)
+    if targets is not None:
+        nothing = [target for target in targets if not matching(target)]
+        if nothing or not targets:
+            raise ValueError(
+                f"NBLModifier.targets: {nothing} matches no attention module. What can "
+                f"be matched: {', '.join(names)}."
+            )
+        allowed = set().union(*map(matching, targets))
+    for pattern in ignore:
+        if not matching(pattern):
+            logger.warning("NBLModifier.ignore: {!r} matches no attention", pattern)
+        allowed -= matching(pattern)
+    return {index: name for index, name in enumerate(names) if name in allowed}
+
+
+def check_calibration_data(batches: Iterable[Any] | None, hidden_size: int) -> int:
+    """
+    Return the number of calibration sequences.
+
+    :param batches: the calibration dataloader
+    :param hidden_size: d of the model, the dimension of the estimator's input
+    :raises ValueError: if there is no data, or not more tokens than ``hidden_size``
+    """
+    remedy = "Pass dataset=… and num_calibration_samples=… to oneshot()."
+    if batches is None:
+        raise ValueError(f"NBLModifier needs calibration data, got none. {remedy}")
+    num_samples = num_tokens = 0
+    # Iterating a shuffled loader draws from torch's generator; without the fork the
+    # data of every later pass would depend on this check.
+    with torch.random.fork_rng(devices=[]):
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            num_samples += batch["input_ids"].shape[0]
+            num_tokens += (
+                batch["input_ids"].numel() if mask is None else int(mask.sum())
+            )
+    if num_samples == 0:
+        raise ValueError(f"the calibration set is empty. {remedy}")
+    check_num_tokens("calibration set", num_tokens, hidden_size)
+    if num_tokens < _FEW_TOKENS_PER_DIMENSION * hidden_size:
+        logger.warning(
+            "{} calibration tokens for hidden_size {}: the measured errors will be "
+            "optimistic; use {} or more",
+            num_tokens,
+            hidden_size,
+            _FEW_TOKENS_PER_DIMENSION * hidden_size,
+        )
+    return num_samples
+
+
+def check_num_tokens(subject: str, num_tokens: int, hidden_size: int) -> None:
+    """
+    Refuse as many tokens as dimensions or fewer: any data would look exactly linear.
+
+    :param subject: what the tokens are of, for the message
+    :raises ValueError: if ``num_tokens <= hidden_size``
+    """
+    if num_tokens <= hidden_size:
+        raise ValueError(
+            f"{subject}: {num_tokens} tokens do not determine a map of hidden_size "
+            f"{hidden_size}; at least {_FEW_TOKENS_PER_DIMENSION} times as many tokens "
+            "as dimensions are advisable. Use more or longer calibration samples."
+        )

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README.md of a checkpoint: what it is, what was measured, how to load it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from .schema import REPORT_FILE_NAME, NBLReport, write_atomically
+from .tables import markdown_table
+
+_REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_TEMPLATE = """\
+---
+{front_matter}
+---
+
+# {title}
+
+{base_link} with the attention of {m} of {k} decoder layers replaced by one
+linear map each{quantized}. Made with
+[Neural Block Linearization](https://arxiv.org/abs/2505.21077) (NBL), a modifier for
+[llm-compressor](https://github.com/vllm-project/llm-compressor).
+
+- linear layers: {layers} (layer numbers from 0); all other layers keep attention
+- class: `{architecture}`, `model_type` `nbl_{model_type}`
+- KV cache: {kept} of {k} layers keep one, {kv_percent:.1f} % of the base model's bytes
+  per token, so {kv_ratio} the tokens fit in the same memory
+{quantization_line}\
+- calibrated on {samples:,} sequences, {tokens:,} tokens, in {seconds:.1f} s
+
+## Figures
+
+{figures}\
+Layers in the order of the ranking by `{criterion}`, replaced layers in bold. `bound` is
+sum(1 - rho_i^2) between the residual stream before and after attention; `NMSE` is the
+error of the linear map over the variance of the attention output; `residual NMSE` is
+the same error over the variance of the residual stream after the layer.
+
+{table}
+
+`nbl_report.json` holds these numbers in full.
+
+## Load
+
+In transformers:
+
+```bash
+pip install nbl-modifier
+```
+
+```python
+import nbl_modifier.hf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+nbl_modifier.hf.register()
+model = AutoModelForCausalLM.from_pretrained("{directory}")
+tokenizer = AutoTokenizer.from_pretrained("{directory}")
+```
+
+In vLLM, install the package into the environment vLLM runs in, nothing else; vLLM finds
+it by itself:
+
+```bash
+pip install nbl-modifier
+vllm serve {directory}
+```
+
+Without the package both refuse the checkpoint:
+
+```
+The checkpoint you are trying to load has model type `nbl_{model_type}` but \
+Transformers does not recognize this architecture.
+```
+
+Upgrading transformers, as that message goes on to suggest, does not help; installing
+`nbl-modifier` does.
+
+## Made with
+
+{recipe}{versions}, {created}.
+
+## Citation
+
+```bibtex
+@article{{erdogan2025nbl,
+  title = {{Efficient Large Language Model Inference with Neural Block Linearization}},
+  author = {{Erdogan, Mete and Tonin, Francesco and Cevher, Volkan}},
+  journal = {{arXiv preprint arXiv:2505.21077}},
+  year = {{2025}}
+}}
+```
+"""
+
+
+def model_card(
+    report: NBLReport, architecture_name: str, quantization: str | None
+) -> str:
+    """
+    Return the text of README.md for the checkpoint that ``report`` describes.
+
+    :param report: a finished run
+    :param architecture_name: class in ``config.json``, such as ``NBLLlamaForCausalLM``
+    :param quantization: what quantized the weights, such as
+        ``compressed-tensors pack-quantized``, or None for a dense checkpoint
+    :return: markdown with Hugging Face's YAML front matter
+    """
+    name = Path(report.model).name or "model"
+    kept = report.num_hidden_layers - report.num_replaced
+    return _TEMPLATE.format(
+        front_matter=_front_matter(report, quantization),
+        title=f"{name}, {report.num_replaced} attention layers linear",
+        base_link=_link(report.model),
+        m=report.num_replaced,
+        k=report.num_hidden_layers,
+        quantized=", then quantized" if quantization else "",
+        layers=", ".join(map(str, report.selected_layers)) or "none",
+        architecture=architecture_name,
+        model_type=report.model_type,
+        kept=kept,
+        kv_percent=100 * report.kv_cache_fraction,
+        kv_ratio=f"{report.num_hidden_layers / kept:.3g} times" if kept else "all",
+        quantization_line=f"- quantization: {quantization}\n" if quantization else "",
+        samples=report.num_calibration_samples,
+        tokens=report.num_tokens,
+        seconds=report.calibration_seconds,
+        figures=_evaluation_table(report.evaluation),
+        criterion=report.criterion,
+        table=markdown_table(report),
+        directory="THIS_DIRECTORY",
+        recipe=f"```yaml\n{report.recipe.strip()}\n```\n\n" if report.recipe else "",
+        versions=", ".join(f"{name} {v}" for name, v in report.versions.items()),
+        created=report.created,
+    )
+
+
+def write_report(report: NBLReport, directory: Path) -> None:
+    """
+    Write ``nbl_report.json`` and the model card into a checkpoint.
+
+    :param report: a finished run
+    :param directory: the checkpoint, with its ``config.json``
+    """
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    report.save(directory / REPORT_FILE_NAME)
+    card = model_card(report, config["architectures"][0], quantization_of(config))
+    write_atomically(directory / "README.md", card)
+
+
+def quantization_of(config: dict[str, Any]) -> str | None:
+    """
+    Return what quantized a checkpoint, in words, or None for a dense one.
+
+    :param config: content of ``config.json``
+    """
+    entry = config.get("quantization_config")
+    if not entry:
+        return None
+    words = [entry.get("quant_method"), entry.get("format")]
+    return " ".join(word for word in words if word) or "unknown"
+
+
+def _front_matter(report: NBLReport, quantization: str | None) -> str:
+    lines = ["library_name: transformers"]
+    if _is_hub_model(report.model):
+        lines += [f"base_model: {report.model}"]
+    tags = ["nbl", "nbl-modifier", "llm-compressor", "vllm", "linear-attention"]
+    if quantization:
+        tags.append(quantization.split()[0])
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags)])
+
+
+def _is_hub_model(model: str) -> bool:
+    return bool(_REPOSITORY_ID.fullmatch(model)) and not Path(model).exists()
+
+
+def _link(model: str) -> str:
+    """Return how to name the base model; of a local path only its last part."""
+    if _is_hub_model(model):
+        return f"[{model}](https://huggingface.co/{model})"
+    return Path(model).name or "A local model"
+
+
+def _evaluation_table(evaluation: dict[str, float] | None) -> str:
+    if not evaluation:
+        return ""
+    rows = [f"| {name} | {_number(value)} |" for name, value in evaluation.items()]
+    return "\n".join(["| figure | value |", "|:---|---:|", *rows]) + "\n\n"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"

@@ -1,0 +1,68 @@
+"""
+Replaces attention modules of a live model, on whatever device its weights are kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from compressed_tensors.offload import (
+    OffloadCache,
+    get_cache_init_kwargs,
+    get_offloaded_device,
+    offload_module,
+)
+from torch import Tensor, nn
+
+from .architectures import Architecture
+from .hf.configuration_nbl import LinearizedLayer
+from .hf.modeling_nbl import linearize_attention
+
+__all__ = ["replace_attention", "weight_dtype"]
+
+
+def weight_dtype(attention: nn.Module) -> torch.dtype:
+    """Return the dtype of the first weight of ``attention``, that of the new linear."""
+    return next(attention.parameters()).dtype
+
+
+def replace_attention(
+    layer: nn.Module,
+    architecture: Architecture,
+    index: int,
+    spec: LinearizedLayer,
+    weight: Tensor,
+    bias: Tensor,
+) -> None:
+    """
+    Put an ``nn.Linear`` in place of one layer's attention, in place.
+
+    :param layer: the decoder layer
+    :param architecture: names of the modules inside it
+    :param index: index of the decoder layer
+    :param spec: what the linear layer reads
+    :param weight: ``[hidden_size, hidden_size]``, any dtype and device
+    :param bias: ``[hidden_size]``
+    """
+    attention = layer.get_submodule(architecture.attention)
+    # The first submodule with weights: where they are kept, and how they are loaded
+    # for execution (CPU, GPU or disk).
+    kept = next(
+        module
+        for module in attention.modules()
+        if next(module.parameters(recurse=False), None) is not None
+    )
+    offloaded = isinstance(kept._parameters, OffloadCache)
+    device = get_offloaded_device(kept)
+    if device == "disk":
+        device = torch.device("cpu")  # offload_module() below writes it to disk
+    d_out, d_in = weight.shape
+    linear = nn.Linear(d_in, d_out, device="meta")
+    linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
+    linear.bias = nn.Parameter(bias.to(device), requires_grad=False)
+    replacement = linearize_attention(layer, architecture, index, spec, linear)
+    replacement.train(attention.training)
+    if offloaded:
+        # Otherwise the next set_onload_device() would pin the weights where they are
+        # now, outside of what the run may hold on the device.
+        for module in replacement.modules():
+            offload_module(module, **get_cache_init_kwargs(kept))

@@ -1,0 +1,62 @@
+"""
+vLLM side: linearized checkpoints served by an unmodified vLLM.
+
+vLLM finds :func:`register` by the entry point ``vllm.general_plugins`` and calls it in
+every process it starts. Importing this package needs neither vllm nor torch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+__all__ = ["TESTED_VLLM", "register"]
+
+#: (major, minor) of the vLLM releases this plugin is tested with.
+TESTED_VLLM = (0, 32)
+
+
+def register() -> None:
+    """
+    Make vLLM know the linearized models of every family that it serves itself.
+
+    Models are registered by name, so this loads no model code. Safe to call again; a
+    vLLM that was not tested is warned about once, not refused.
+    """
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from ..architectures import ARCHITECTURES
+    from ..hf.configuration_nbl import config_class
+
+    _warn_if_untested()
+    # hf.register() would import each family's transformers model, which vLLM never uses
+    for architecture in ARCHITECTURES.values():
+        if architecture.causal_lm in ModelRegistry.get_supported_archs():
+            AutoConfig.register(
+                architecture.nbl_model_type, config_class(architecture), exist_ok=True
+            )
+            ModelRegistry.register_model(
+                architecture.nbl_causal_lm,
+                f"{__name__}.model:{architecture.nbl_causal_lm}",
+            )
+
+
+@cache
+def _warn_if_untested() -> None:
+    """Warn when vLLM is another release than :data:`TESTED_VLLM`, once per process."""
+    from multiprocessing import parent_process
+
+    import vllm
+    from vllm.logger import init_logger
+
+    # Engine and workers are children and load the same vLLM: one warning is enough.
+    if vllm.__version_tuple__[:2] != TESTED_VLLM and parent_process() is None:
+        tested = ".".join(map(str, TESTED_VLLM))
+        init_logger(f"vllm.{__name__}").warning(
+            "nbl_modifier is tested with vLLM %s.x, this is vLLM %s. Linearized "
+            "checkpoints may fail to load, or gain no KV-cache capacity. If so, "
+            "install vLLM %s.x, or a nbl_modifier tested with yours.",
+            tested,
+            vllm.__version__,
+            tested,
+        )

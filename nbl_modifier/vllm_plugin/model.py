@@ -1,0 +1,232 @@
+"""
+vLLM's models with linear layers in place of some attention layers.
+
+No model code is copied. Each class is vLLM's own plus :class:`LinearizedMixin`, made
+when its name is first asked for, so that only the family being served is imported.
+vLLM caches what it learns about these classes under a hash of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.distributed.utils import get_pp_indices
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import ColumnParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
+
+from ..architectures import ARCHITECTURES, Architecture
+
+__all__ = ["LinearizedAttention", "LinearizedMixin", "ResidualAdd"]
+
+# Below "vllm", the only logger that vLLM gives a handler.
+logger = init_logger(f"vllm.{__name__}")
+
+
+class LinearizedAttention(nn.Module):
+    """
+    Affine map in place of an attention layer, without a KV cache.
+
+    Split over its output features in tensor parallel: each rank holds 1/TP of the
+    weight, and groups of a quantized input dimension stay whole.
+
+    :param hidden_size: width of the residual stream
+    :param quant_config: the checkpoint's quantization, or None
+    :param prefix: name of the attention module it replaces
+    """
+
+    def __init__(
+        self, hidden_size: int, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        # Exactly this class: LoRA does not recognize subclasses of it.
+        self.linear = ColumnParallelLinear(
+            hidden_size,
+            hidden_size,
+            bias=True,
+            gather_output=True,
+            quant_config=quant_config,
+            prefix=f"{prefix}.linear",
+        )
+
+    def forward(
+        self, positions: torch.Tensor, hidden_states: torch.Tensor, **_: Any
+    ) -> torch.Tensor:
+        """
+        Return the map of every token.
+
+        :param positions: not used, a linear layer has none
+        :param hidden_states: ``[num_tokens, hidden_size]``
+        :return: ``[num_tokens, hidden_size]``
+        """
+        output, _bias = self.linear(hidden_states)
+        return output
+
+
+class ResidualAdd(nn.Module):
+    """
+    What vLLM's fused add-and-norm does, minus the norm.
+
+    Stands where the input norm was folded into the linear map.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return the input of attention, and the residual stream if it was given.
+
+        :param hidden_states: output of the previous layer's MLP
+            ``[num_tokens, hidden_size]``, or the residual stream itself in layer 0
+        :param residual: the residual stream before it, same shape and dtype
+        :return: their sum, twice, since the input of attention is the residual stream;
+            without ``residual`` just ``hidden_states``. Rounded as ``RMSNorm`` does:
+            added in float32, then back to the dtype of ``hidden_states``.
+        """
+        if residual is None:
+            return hidden_states
+        total = hidden_states + residual.to(hidden_states.dtype)
+        return total, total
+
+
+class LinearizedMixin:
+    """
+    Turns a causal language model of vLLM into its linearized counterpart.
+
+    The stock model is built first, then its linearized layers are swapped, before any
+    weight is read; loading, LoRA, speculative decoding and parallelism are inherited.
+    """
+
+    architecture: ClassVar[Architecture]
+
+    def __init__(
+        self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any
+    ) -> None:
+        """
+        Build the model, with weights yet to be loaded.
+
+        :param vllm_config: its ``hf_config`` names the linearized layers
+        :param prefix: name of this module in the engine, empty for the main model
+        :param kwargs: passed on to the stock class
+        :raises ValueError: if ``nbl_config`` is invalid, or a pipeline stage is left
+            without any attention layer
+        """
+        config = vllm_config.model_config.hf_config
+        linearized = config.linearized_layers()
+        _check_stages(linearized, vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+
+        architecture = self.architecture
+        layers: nn.ModuleList = self.get_submodule(architecture.layers)  # type: ignore[attr-defined]
+        for index, spec in linearized.items():
+            layer = layers[index]
+            if isinstance(layer, PPMissingLayer):  # on another pipeline stage
+                continue
+            _forget(getattr(layer, architecture.attention), vllm_config)
+            replacement = LinearizedAttention(
+                config.hidden_size,
+                vllm_config.quant_config,
+                maybe_prefix(prefix, architecture.attention_name(index)),
+            )
+            setattr(layer, architecture.attention, replacement)
+            if spec.input == "residual":
+                setattr(layer, architecture.input_norm, ResidualAdd())
+        logger.info_once(
+            "%s: %d of %d layers have linear attention and no KV cache: %s",
+            type(self).__name__,
+            len(linearized),
+            config.num_hidden_layers,
+            ", ".join(map(str, linearized)) or "none",
+            scope="global",
+        )
+
+
+def _forget(attention: nn.Module, vllm_config: VllmConfig) -> None:
+    """
+    Withdraw the layers inside ``attention`` from vLLM's list of layers with a KV cache.
+
+    Without it everything would work, and no memory would be freed.
+    """
+    context = vllm_config.compilation_config.static_forward_context
+    inside = {id(module) for module in attention.modules()}
+    names = [name for name, module in context.items() if id(module) in inside]
+    assert names, f"{attention} has no entry in static_forward_context"
+    for name in names:
+        del context[name]
+
+
+def _check_stages(linearized: Iterable[int], vllm_config: VllmConfig) -> None:
+    """
+    Refuse a placement of layers that vLLM cannot make a KV cache for.
+
+    :param linearized: indices of the linearized layers
+    :raises ValueError: naming the pipeline stages left without attention
+    """
+    num_layers = vllm_config.model_config.hf_config.num_hidden_layers
+    linear = set(linearized)
+    num_stages = get_pp_group().world_size
+    stages = [
+        range(*get_pp_indices(num_layers, rank, num_stages))
+        for rank in range(num_stages)
+    ]
+    empty = [rank for rank, stage in enumerate(stages) if linear.issuperset(stage)]
+    if not empty:
+        return
+    if num_stages == 1:
+        # Without any KV cache vLLM works, but for its prefix cache.
+        if vllm_config.cache_config.enable_prefix_caching:
+            raise ValueError(
+                f"nbl_config: all {num_layers} layers have linear attention, so there "
+                "is no KV cache, and vLLM's prefix caching needs one. Start vLLM with "
+                "--no-enable-prefix-caching."
+            )
+        return
+    named = "; ".join(f"stage {rank}: {_span(stages[rank])}" for rank in empty)
+    if linear.issuperset(range(num_layers)):
+        remedy = "all layers of this model are linear: start vLLM with "
+        remedy += "--pipeline-parallel-size 1."
+    else:
+        remedy = (
+            f"layers with attention are {sorted(set(range(num_layers)) - linear)}: "
+            "give each stage one of them by setting VLLM_PP_LAYER_PARTITION to the "
+            f"numbers of layers per stage, {num_stages} numbers with sum {num_layers}, "
+            f"now {','.join(str(len(stage)) for stage in stages)}; or use fewer stages."
+        )
+    raise ValueError(
+        f"pipeline parallel size {num_stages}: a stage without any attention layer has "
+        f"no KV cache, which vLLM cannot serve, got {named}. The {remedy}"
+    )
+
+
+def _span(stage: Sequence[int]) -> str:
+    return f"layers {stage[0]} to {stage[-1]}"
+
+
+def _make_class(architecture: Architecture) -> type[nn.Module]:
+    # vLLM's table knows the file of each model; importing it is left to vLLM.
+    base = ModelRegistry.models[architecture.causal_lm].load_model_cls()
+    return type(
+        architecture.nbl_causal_lm,
+        (LinearizedMixin, base),
+        {
+            "architecture": architecture,
+            "__module__": __name__,
+            "__doc__": f"``{base.__name__}`` with linearized attention layers.",
+        },
+    )
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    # Classes are made on first use, and found again by pickle and vLLM's subprocesses.
+    for architecture in ARCHITECTURES.values():
+        if architecture.nbl_causal_lm == name:
+            globals()[name] = made = _make_class(architecture)
+            return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

