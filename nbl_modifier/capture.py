@@ -23,7 +23,7 @@ def check_causal(name: str, module: nn.Module, attention_mask: Tensor | None) ->
 
     :param name: module name, for the message
     :param module: the attention module
-    :param attention_mask: ``[batch, 1, tokens, tokens]`` or None, what it was called with
+    :param attention_mask: ``[batch, 1, tokens, tokens]`` or None, as called
     :raises RuntimeError: if eager causal attention has no mask
     """
     implementation = getattr(
@@ -32,9 +32,9 @@ def check_causal(name: str, module: nn.Module, attention_mask: Tensor | None) ->
     causal = getattr(module, "is_causal", False)
     if attention_mask is None and causal and implementation == "eager":
         raise RuntimeError(
-            f"{name}: attention ran without a causal mask, so its outputs are not those "
-            "of the model. The calibration pipeline lost the mask while tracing; use "
-            "oneshot(pipeline='basic')."
+            f"{name}: attention ran without a causal mask, so its outputs are not "
+            "those of the model. The calibration pipeline lost the mask while tracing; "
+            "use oneshot(pipeline='basic')."
         )
 
 
@@ -42,9 +42,9 @@ def valid_tokens(
     hidden_states: Tensor, attention_mask: Tensor | None, loss_mask: Tensor | None
 ) -> Tensor | None:
     """
-    Return which positions are data: not padding and, if given, not masked from the loss.
+    Return which positions are data: not padding and not masked from the loss.
 
-    A padding position may not attend to itself, so the diagonal of the eager mask tells.
+    A padding position may not attend to itself: the eager mask's diagonal tells.
 
     :param hidden_states: ``[batch, tokens, hidden_size]``
     :param attention_mask: ``[batch, 1, tokens, tokens]``, bool (True: may attend) or

@@ -3,7 +3,8 @@ Makes the later modifiers of a recipe see the linearized model.
 
 llm-compressor initializes every modifier on the original model, before the first one
 calibrates; what they resolved there (modules, schemes, mappings) is stale once layers
-were replaced.
+were replaced. Without this (llmcompressor 0.14.0.1) quantizers leave the new linear
+layers unquantized without a word, AWQ fails, and SmoothQuant corrupts the model.
 """
 
 from __future__ import annotations
@@ -13,32 +14,47 @@ from typing import Any
 
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.pruning import (
+    ConstantPruningModifier,
+    MagnitudePruningModifier,
+)
 from llmcompressor.modifiers.pruning.sparsegpt.sgpt_base import SparsityModifierBase
 from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
-__all__ = ["check_order", "refresh"]
+from .smoothing import (
+    MixedModel,
+    refuse_class_names,
+    rewrite_awq,
+    rewrite_smoothquant,
+)
 
-# Their on_initialize attaches schemes to, or collects, the modules present then, and
-# may be run again.
-_RERUN = (QuantizationMixin, SparsityModifierBase)
-_UNSUPPORTED = (AWQModifier, SmoothQuantModifier, SpinQuantModifier)
+__all__ = ["Followers", "refuse_earlier"]
+
+_REFUSED: dict[type[Modifier], str] = {
+    SpinQuantModifier: (
+        "it centers the embeddings, which changes the residual stream that the linear "
+        "layers were fitted on (and, under RMSNorm, the model itself)"
+    ),
+    ConstantPruningModifier: "it keeps masks of modules that NBL replaces",
+    MagnitudePruningModifier: "it keeps masks of modules that NBL replaces",
+}
 
 
 def _name(modifier: Modifier) -> str:
     return type(modifier).__name__
 
 
-def check_order(earlier: Sequence[Modifier], later: Sequence[Modifier]) -> None:
+def refuse_earlier(earlier: Sequence[Modifier]) -> None:
     """
-    Refuse recipes in which the modifiers around NBL cannot work.
+    Refuse recipes in which a quantizer comes before NBL.
 
     :param earlier: the recipe's modifiers before NBLModifier
-    :param later: those after it
-    :raises ValueError: if a quantizer comes first
-    :raises NotImplementedError: if a later modifier cannot follow NBL
+    :raises ValueError: naming the modifier
     """
     for modifier in earlier:
         if isinstance(modifier, QuantizationMixin):
@@ -46,23 +62,73 @@ def check_order(earlier: Sequence[Modifier], later: Sequence[Modifier]) -> None:
                 f"{_name(modifier)} comes before NBLModifier in the recipe: the linear "
                 "layers that NBL makes would stay unquantized. Put NBLModifier first."
             )
-    for modifier in later:
-        if isinstance(modifier, _UNSUPPORTED):
-            raise NotImplementedError(
-                f"{_name(modifier)} after NBLModifier is not supported yet. Use "
-                "GPTQModifier or QuantizationModifier."
-            )
 
 
-def refresh(later: Sequence[Modifier], state: State, kwargs: dict[str, Any]) -> None:
+class Followers:
     """
-    Let the modifiers after NBL resolve their targets on the linearized model.
+    The modifiers after NBL in a recipe.
 
-    :param later: the recipe's modifiers after NBLModifier, initialized
-    :param state: the session's state, with the linearized model
+    Made in NBL's ``on_initialize``, which runs before theirs, so that ``mappings`` is
+    still what the user wrote.
+
+    :param modifiers: in recipe order
+    :param model: the model before it is linearized
     :param kwargs: what ``on_initialize`` was called with
+    :raises ValueError: if a modifier cannot follow NBL, or a mapping is by class name
     """
-    for modifier in later:
-        if isinstance(modifier, _RERUN):
-            # Not initialize(), which refuses to run twice.
-            modifier.on_initialize(state, **kwargs)
+
+    def __init__(
+        self, modifiers: Sequence[Modifier], model: nn.Module, kwargs: dict[str, Any]
+    ) -> None:
+        self._modifiers = list(modifiers)
+        self._kwargs = kwargs
+        self._user_mappings = [
+            (modifier, modifier.mappings)
+            for modifier in modifiers
+            if isinstance(modifier, (AWQModifier, SmoothQuantModifier))
+        ]
+        for modifier in modifiers:
+            for kind, reason in _REFUSED.items():
+                if isinstance(modifier, kind):
+                    raise ValueError(
+                        f"{_name(modifier)} cannot follow NBLModifier: {reason}. "
+                        "Remove it from the recipe."
+                    )
+        for modifier, mappings in self._user_mappings:
+            refuse_class_names(_name(modifier), model, _mapping_targets(mappings))
+
+    def refresh(self, state: State, mixed: MixedModel) -> None:
+        """
+        Let every modifier resolve its targets again, on the linearized model.
+
+        ``on_initialize`` rather than ``initialize``, which refuses to run twice.
+
+        :param state: the session's state
+        :param mixed: the linearized model, its class still that of the base model, by
+            which llm-compressor infers mappings
+        """
+        for modifier in self._modifiers:
+            if isinstance(modifier, AWQModifier):
+                # Resolved when its calibration starts; only the patterns are stale.
+                modifier.mappings = rewrite_awq(modifier.mappings or [], mixed)
+            elif isinstance(modifier, SmoothQuantModifier):
+                rewritten = rewrite_smoothquant(modifier.mappings or [], mixed)
+                modifier.mappings = list(rewritten)
+                modifier.on_initialize(state, **self._kwargs)
+            elif isinstance(modifier, (QuantizationMixin, SparsityModifierBase)):
+                modifier.on_initialize(state, **self._kwargs)
+
+    def restore_mappings(self) -> None:
+        """Put back the user's mappings: ``recipe.yaml`` holds what can be replayed."""
+        for modifier, mappings in self._user_mappings:
+            modifier.mappings = mappings
+
+
+def _mapping_targets(mappings: Sequence[Any] | None) -> list[str]:
+    targets = []
+    for mapping in mappings or ():
+        if hasattr(mapping, "smooth_layer"):
+            targets += [mapping.smooth_layer, *mapping.balance_layers]
+        else:
+            targets += tree_leaves(mapping)
+    return targets

@@ -19,9 +19,9 @@ from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import composition
 from .architectures import Architecture
 from .calibration import Calibration
+from .composition import Followers, refuse_earlier
 from .hf.checkpoint import check_output_directory, convert_in_place, publish_on_save
 from .hf.configuration_nbl import LinearizedLayer
 from .hf.modeling_nbl import decoder_layers
@@ -31,6 +31,7 @@ from .report.provenance import collect_versions, utc_timestamp
 from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
 from .report.tables import ranking_table
 from .selection import choose_layers
+from .smoothing import MixedModel
 from .surgery import replace_attention
 from .upstream import running_oneshot
 
@@ -71,7 +72,7 @@ class NBLModifier(Modifier):
         may be replaced; all of the decoder if not given
     :param ignore: the same, of attention modules to keep
     :param criterion: what layers are ranked by, lowest first: ``cca_bound`` (the
-        paper's) or ``nmse``, the unexplained fraction of the attention output's variance
+        paper's) or ``nmse``, the unexplained part of the attention output's variance
     :param input: what the linear layer reads: the ``residual`` stream (the paper's; the
         input norm is folded into the map and removed) or the output of the input norm
         (``normalized``)
@@ -92,8 +93,7 @@ class NBLModifier(Modifier):
 
     _architecture: Architecture = PrivateAttr()
     _candidates: dict[int, str] = PrivateAttr(default_factory=dict)
-    _later: list[Modifier] = PrivateAttr(default_factory=list)
-    _initialize_kwargs: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _followers: Followers | None = PrivateAttr(default=None)
     _dataset_args: DatasetArguments | None = PrivateAttr(default=None)
     _propagate_error: bool = PrivateAttr(default=True)
     _num_samples: int = PrivateAttr(default=0)
@@ -138,8 +138,7 @@ class NBLModifier(Modifier):
         """
         model: PreTrainedModel = state.model
         self._architecture = check_model(model)
-        self._check_recipe()
-        self._initialize_kwargs = kwargs
+        self._followers = self._check_recipe(model, kwargs)
         self._candidates = self._choose_from(model)
         self._num_samples = check_calibration_data(
             state.data.calib, model.config.hidden_size
@@ -217,7 +216,9 @@ class NBLModifier(Modifier):
             self._dataset_args.propagate_error = self._propagate_error
         calibration, self._calibration = self._calibration, None
         assert calibration is not None
-        unseen = [n for i, n in self._candidates.items() if i not in calibration.measured]
+        unseen = [
+            n for i, n in self._candidates.items() if i not in calibration.measured
+        ]
         if unseen:
             raise RuntimeError(
                 f"{unseen[0]}: no activations were seen ({len(unseen)} such layers). "
@@ -244,29 +245,39 @@ class NBLModifier(Modifier):
             extra_files=self._write_report,
             is_source_process=is_source_process,
         )
-        composition.refresh(self._later, state, self._initialize_kwargs)
+        if self._followers is not None:
+            normalized = self.input == "normalized"
+            mixed = MixedModel(
+                model, self._architecture, report.selected_layers, normalized
+            )
+            self._followers.refresh(state, mixed)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Make model and configuration those of a linearized checkpoint."""
         # llm-compressor also finalizes the modifiers of a run that failed before.
         if self._report is not None:
             self._convert(state.model)
+            if self._followers is not None:
+                self._followers.restore_mappings()
             recipe = active_session().lifecycle.recipe.yaml()
             self._report = dataclasses.replace(self._report, recipe=recipe)
         return True
 
-    def _check_recipe(self) -> None:
+    def _check_recipe(
+        self, model: PreTrainedModel, kwargs: dict[str, Any]
+    ) -> Followers | None:
         recipe: list[Modifier] = active_session().lifecycle.recipe.modifiers
         position = next((i for i, m in enumerate(recipe) if m is self), None)
         if position is None:  # initialized by hand, outside of a recipe
-            return
-        earlier, self._later = recipe[:position], recipe[position + 1 :]
+            return None
+        earlier, later = recipe[:position], recipe[position + 1 :]
         if any(isinstance(modifier, NBLModifier) for modifier in earlier):
             raise ValueError(
                 "the recipe has two NBLModifiers, and the second would rank layers of "
                 "a model that the first is about to change. Use one."
             )
-        composition.check_order(earlier, self._later)
+        refuse_earlier(earlier)
+        return Followers(later, model, kwargs)
 
     def _choose_from(self, model: PreTrainedModel) -> dict[int, str]:
         """Return the attention layers to measure, names by layer index."""
@@ -330,7 +341,7 @@ class NBLModifier(Modifier):
         convert_in_place(
             model,
             self._architecture,
-            {index: spec for index in self._report.selected_layers},
+            dict.fromkeys(self._report.selected_layers, spec),
             criterion=self.criterion,
         )
 

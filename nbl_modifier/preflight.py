@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from compressed_tensors.utils import match_named_modules
 from loguru import logger
-from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, architecture_of
@@ -46,8 +45,9 @@ def check_model(model: PreTrainedModel) -> Architecture:
     )
     if quantized is not None:
         raise ValueError(
-            f"{quantized}: the model is quantized already; linear layers made now would "
-            "not be. Start from the unquantized model, NBLModifier first in the recipe."
+            f"{quantized}: the model is quantized already; linear layers made now "
+            "would not be. Start from the unquantized model, with "
+            "NBLModifier first in the recipe."
         )
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise NotImplementedError(

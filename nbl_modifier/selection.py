@@ -61,7 +61,9 @@ def choose_layers(
         place = f"rank {rank} of {len(order)} by {criterion}"
         if num_layers is None:
             selected = index in (layers or ())
-            reason = f"named in layers ({place})" if selected else f"not in layers ({place})"
+            reason = (
+                f"named in layers ({place})" if selected else f"not in layers ({place})"
+            )
         else:
             selected = rank <= num_layers
             reason = f"{place}, num_layers={num_layers}"

@@ -37,21 +37,29 @@ class Layer:
 # folder its files may import each other. Editing a row is a design decision.
 LAYERS = {
     "cli": Layer(
-        ours="modifier composition capture evaluation report data hf architectures"
-        " selection numerics",
-        lazy="llmcompressor pydantic torch transformers datasets loguru yaml vllm",
+        ours="modifier evaluation report data hf architectures",
+        lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru yaml vllm",
     ),
     "modifier": Layer(
-        ours="composition capture evaluation report data hf architectures selection"
-        " numerics",
-        packages="llmcompressor compressed_tensors pydantic loguru torch transformers"
-        " tqdm",
-    ),
-    "composition": Layer(
-        ours="hf architectures",
+        ours="calibration composition smoothing preflight surgery upstream report hf"
+        " architectures selection",
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
-    "capture": Layer(ours="architectures numerics", packages="torch"),
+    "calibration": Layer(
+        ours="capture preflight surgery numerics",
+        packages="llmcompressor loguru torch",
+    ),
+    "composition": Layer(ours="smoothing", packages="llmcompressor torch"),
+    "smoothing": Layer(
+        ours="architectures", packages="llmcompressor compressed_tensors torch"
+    ),
+    "preflight": Layer(
+        ours="hf architectures",
+        packages="compressed_tensors loguru torch transformers",
+    ),
+    "surgery": Layer(ours="hf architectures", packages="compressed_tensors torch"),
+    "upstream": Layer(packages="llmcompressor"),
+    "capture": Layer(ours="numerics", packages="torch"),
     "evaluation": Layer(
         ours="report data hf",
         packages="torch",

@@ -17,7 +17,8 @@ def register() -> None:
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from ..architectures import ARCHITECTURES
+    from nbl_modifier.architectures import ARCHITECTURES
+
     from .configuration_nbl import config_class
     from .modeling_nbl import model_class
 

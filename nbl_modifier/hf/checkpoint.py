@@ -17,7 +17,8 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
-from ..architectures import Architecture
+from nbl_modifier.architectures import Architecture
+
 from .configuration_nbl import LinearizedLayer, config_class, nbl_config_block
 from .modeling_nbl import model_class
 
@@ -73,7 +74,9 @@ def check_output_directory(
             f"output directory {path} is a file. Choose another directory."
         )
     # The checkpoint is written beside the directory and then moved into place.
-    existing = next(parent for parent in (path.parent, *path.parents) if parent.exists())
+    existing = next(
+        parent for parent in (path.parent, *path.parents) if parent.exists()
+    )
     for needed in (existing, path) if path.exists() else (existing,):
         if not os.access(needed, os.W_OK | os.X_OK):
             raise PermissionError(
@@ -185,15 +188,16 @@ def _own_config(config: PretrainedConfig, architecture: Architecture) -> Iterato
 def _check_model_type(directory: Path, architecture: Architecture) -> None:
     saved = json.loads((directory / CONFIG_NAME).read_text())
     expected = (architecture.nbl_model_type, [architecture.nbl_causal_lm])
-    if (saved.get("model_type"), saved.get("architectures")) != expected or not saved.get(
-        "nbl_config"
-    ):
+    if (
+        saved.get("model_type"),
+        saved.get("architectures"),
+    ) != expected or not saved.get("nbl_config"):
         shutil.rmtree(directory)
         raise RuntimeError(
             f"config.json was saved with model_type {saved.get('model_type')!r} and "
-            f"architectures {saved.get('architectures')}, expected {expected}: it would "
-            "load as the base model with random attention weights, so nothing was "
-            "kept. This llm-compressor is not one that nbl_modifier was tested with."
+            f"architectures {saved.get('architectures')}, expected {expected}: it "
+            "would load as the base model with random attention weights, so nothing "
+            "was kept. nbl_modifier was not tested with this llm-compressor."
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..architectures import ARCHITECTURES, Architecture
+from nbl_modifier.architectures import ARCHITECTURES, Architecture
 
 __all__ = ["FORMAT_VERSION", "LinearizedLayer", "NBLConfigMixin", "config_class"]
 
@@ -27,7 +27,7 @@ class LinearizedLayer:
     How one decoder layer was linearized.
 
     :param input: what the linear layer reads: the ``residual`` stream (the input norm
-        is folded into the map and gone) or the output of the input norm (``normalized``)
+        is folded into the map and gone) or the norm's output (``normalized``)
     :param kind: the part of the layer that was replaced
     :param method: what replaced it
     """
@@ -66,9 +66,8 @@ class NBLConfigMixin:
         block = self.nbl_config
         if block is None:
             raise ValueError(
-                f"config.json of model type {self.model_type!r} has no `nbl_config` "  # type: ignore[attr-defined]
-                "block, which names its linearized layers. The checkpoint is damaged; "
-                "write it again with nbl_modifier."
+                "config.json has no `nbl_config` block, which names the linearized "
+                "layers. The checkpoint is damaged; write it again with nbl_modifier."
             )
         if block["version"] > FORMAT_VERSION:
             raise ValueError(

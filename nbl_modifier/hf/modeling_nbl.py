@@ -16,10 +16,16 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from ..architectures import ARCHITECTURES, Architecture, architecture_of
+from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture_of
+
 from .configuration_nbl import LinearizedLayer, NBLConfigMixin, config_class
 
-__all__ = ["LinearizedAttention", "decoder_layers", "linearize_attention", "model_class"]
+__all__ = [
+    "LinearizedAttention",
+    "decoder_layers",
+    "linearize_attention",
+    "model_class",
+]
 
 
 class LinearizedAttention(nn.Module):
@@ -68,7 +74,7 @@ def _advance(cache: Cache, layer_idx: int, hidden_states: torch.Tensor) -> None:
 
 
 def decoder_layers(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
-    """Return the list of decoder layers of a causal language model or its base model."""
+    """Return the decoder layers of a causal language model or of its base model."""
     if isinstance(model, PreTrainedModel) and model.base_model is model:
         # A base model has no outer `model.`: its own attributes start one level down.
         path = architecture.layers.removeprefix(model.base_model_prefix + ".")
@@ -118,7 +124,9 @@ def _linearize_skeleton(model: PreTrainedModel) -> None:
 
 
 def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -> type:
-    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807  (becomes the class's own)
+    def initialize(
+        self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any
+    ) -> None:
         base.__init__(self, config, *args, **kwargs)
         _linearize_skeleton(self)
 
@@ -126,7 +134,7 @@ def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -
         "NBL" + base.__name__,
         (base,),
         {
-            "__init__": __init__,
+            "__init__": initialize,
             "__module__": __name__,
             "__doc__": f"``{base.__name__}`` with linearized attention layers.",
             "config_class": config_class(architecture),
