@@ -94,33 +94,32 @@ def measure(
     :param device: such as ``cpu`` or ``cuda``
     :param repeats: measured rounds
     :param d_out: width of y, ``d`` if None
-    :return: ``d``, ``d_out``, ``device``, ``threads``; for ``ours`` and ``reference``
-        their ``_seconds`` (list) and ``_median_seconds``; ``ratio`` of the medians;
-        ``weight_difference`` (Frobenius, relative) and ``bound_difference`` (absolute)
+    :return: the arguments, ``threads``, ``{ours,reference}_seconds`` (lists) and
+        ``_median_seconds``, ``ratio`` of the medians, ``weight_difference`` (Frobenius,
+        relative), ``bound_difference`` (absolute) and ``bound``
     """
     d_out = d if d_out is None else d_out
-    warm_up = make_stats(64, 64, device)
-    stats = make_stats(d, d_out, device)
+    warm_up, stats = make_stats(64, 64, device), make_stats(d, d_out, device)
     for solver in (ours, reference):
         solver(warm_up)
-    times: dict[str, list[float]] = {"ours": [], "reference": []}
+    mine: list[float] = []
+    theirs: list[float] = []
     for _ in range(repeats):
         seconds, weight, bound = _timed(ours, stats)
-        times["ours"].append(seconds)
+        mine.append(seconds)
         seconds, expected_weight, expected_bound = _timed(reference, stats)
-        times["reference"].append(seconds)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+        theirs.append(seconds)
     difference = torch.linalg.norm(weight - expected_weight)
     return {
         "d": d,
         "d_out": d_out,
         "device": device,
         "threads": torch.get_num_threads(),
-        "ours_seconds": times["ours"],
-        "reference_seconds": times["reference"],
-        "ours_median_seconds": medians["ours"],
-        "reference_median_seconds": medians["reference"],
-        "ratio": medians["reference"] / medians["ours"],
+        "ours_seconds": mine,
+        "reference_seconds": theirs,
+        "ours_median_seconds": statistics.median(mine),
+        "reference_median_seconds": statistics.median(theirs),
+        "ratio": statistics.median(theirs) / statistics.median(mine),
         "weight_difference": float(difference / torch.linalg.norm(expected_weight)),
         "bound_difference": abs(bound - expected_bound),
         "bound": bound,

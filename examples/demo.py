@@ -29,7 +29,12 @@ RECIPES = {
 }
 # The model was trained on windows of 256 tokens. Its tokenizer leaves it to the caller
 # to start a text with <s>.
-SEQ_LENGTH, PROMPT = 256, "<s>import os\n\n\ndef read_file(path):\n"
+SEQ_LENGTH = 256
+PROMPT = """<s>import json
+
+
+def load(path):
+    with open(path) as"""
 
 
 def compress(output: Path) -> int:
@@ -54,7 +59,7 @@ def compress(output: Path) -> int:
 def serve(output: Path) -> int:
     """Print KV-cache capacity and a completion, base model first."""
     models = [MODEL, *(str(output / name) for name in RECIPES)]
-    return nbl(["generate", *models, "--prompt", PROMPT, "--max-tokens", "48"])
+    return nbl(["generate", *models, "--prompt", PROMPT, "--max-tokens", "40"])
 
 
 def main() -> int:

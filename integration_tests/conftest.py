@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from integration_tests import harness  # noqa: E402
-from integration_tests.harness import MODEL, Answers, Row  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Served(Answers):
-    """
-    What one vLLM engine did.
-
-    :param kv_cache_tokens: tokens that fit in its KV cache
-    :param block_size: tokens per block of it
-    :param architecture: class of the model in vLLM
-    :param linears: quantization method of each linear layer in place of an attention;
-        None unless the engine ran in the worker's own process
-    """
-
-    kv_cache_tokens: int
-    block_size: int
-    architecture: str
-    linears: dict[str, str] | None
+from integration_tests import harness
+from integration_tests.harness import MODEL, Row, Served
 
 
 @pytest.fixture(scope="session")

@@ -114,8 +114,8 @@ def compress(recipe: str, directory: Path) -> None:
     import nbl_modifier.modifier  # noqa: F401  # makes NBLModifier known to recipes
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    # 32 tokens per dimension of the model's residual stream
-    dataset = pack(load_texts("stdlib", "calibration"), tokenizer, 512, 32)
+    # 64 tokens per dimension of the model's residual stream: quick, and well determined
+    dataset = pack(load_texts("stdlib", "calibration"), tokenizer, 512, 16)
     torch.manual_seed(0)  # the data loader draws the order of the samples
     oneshot(
         model=str(MODEL),
@@ -141,6 +141,24 @@ class Answers:
     logprobs: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Served(Answers):
+    """
+    What one vLLM engine did.
+
+    :param kv_cache_tokens: tokens that fit in its KV cache
+    :param block_size: tokens per block of it
+    :param architecture: class of the model in vLLM
+    :param linears: quantization method of each linear layer in place of an attention;
+        None unless the engine ran in the worker's own process
+    """
+
+    kv_cache_tokens: int
+    block_size: int
+    architecture: str
+    linears: dict[str, str] | None
+
+
 @cache
 def in_transformers(directory: Path, dtype: str) -> Answers:
     """
@@ -158,7 +176,7 @@ def in_transformers(directory: Path, dtype: str) -> Answers:
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, input_ids: torch.Tensor) -> list[int]:
+def generate(model: Any, input_ids: torch.Tensor) -> list[int]:
     """
     Return the greedy continuation, past any end of text.
 
@@ -172,9 +190,10 @@ def generate(model: PreTrainedModel, input_ids: torch.Tensor) -> list[int]:
 @torch.no_grad()
 def logprobs(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
     """
-    Return the log-probability of each token but the first, float32 ``[num_tokens - 1]``.
+    Return the log-probability of each token but the first.
 
     :param input_ids: ``[1, num_tokens]``
+    :return: float32 ``[num_tokens - 1]``
     """
     logits = model(input_ids).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(1, input_ids[0, 1:, None])[:, 0]

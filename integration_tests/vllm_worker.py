@@ -45,11 +45,11 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     """
     Load the model and run the prompts greedily, each to its full length.
 
-    :return: ``tokens``, generated ids per prompt; ``logprobs``, of each prompt token but
-        the first given those before it; ``kv_cache_tokens`` that fit in the KV cache, in
-        blocks of ``block_size``; ``linears``, the quantization method of each linear
-        layer in place of an attention (``in_process`` only); ``architecture``,
-        ``versions`` and ``load_seconds``
+    :return: ``tokens``, generated ids per prompt; ``logprobs``, of each prompt token
+        but the first given those before it; ``kv_cache_tokens`` that fit in the KV
+        cache, in blocks of ``block_size``; ``linears``, the quantization method of each
+        linear layer in place of an attention (``in_process`` only); ``architecture``,
+        ``versions``, ``load_seconds``, and None for ``error``
     """
     from vllm import LLM, SamplingParams
 

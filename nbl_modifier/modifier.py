@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -100,6 +101,19 @@ class NBLModifier(Modifier):
     _calibration: Calibration | None = PrivateAttr(default=None)
     _report: NBLReport | None = PrivateAttr(default=None)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, fields: Any) -> Any:
+        own = [name for name in cls.__annotations__ if name in cls.model_fields]
+        own.remove("requires_calibration_data")
+        unknown = sorted(set(fields) - set(cls.model_fields))
+        if unknown:
+            raise ValueError(
+                f"NBLModifier has no field {', '.join(unknown)}. Its fields: "
+                f"{', '.join(own)}."
+            )
+        return fields
+
     @field_validator("layers")
     @classmethod
     def _check_layers(cls, layers: list[int] | None) -> list[int] | None:
@@ -137,17 +151,17 @@ class NBLModifier(Modifier):
         :raises OSError: if the output directory cannot take the checkpoint
         """
         model: PreTrainedModel = state.model
-        self._architecture = check_model(model)
+        oneshot = running_oneshot()
+        if oneshot is not None:
+            self._dataset_args = oneshot.dataset_args
         self._followers = self._check_recipe(model, kwargs)
+        self._architecture = check_model(model)
         self._candidates = self._choose_from(model)
         self._num_samples = check_calibration_data(
             state.data.calib, model.config.hidden_size
         )
-        oneshot = running_oneshot()
-        if oneshot is not None:
-            self._dataset_args = oneshot.dataset_args
-            if oneshot.output_dir is not None:
-                check_output_directory(oneshot.output_dir, self._architecture)
+        if oneshot is not None and oneshot.output_dir is not None:
+            check_output_directory(oneshot.output_dir, self._architecture)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -159,13 +173,7 @@ class NBLModifier(Modifier):
         sharing = [
             m for m in active_session().lifecycle.recipe.modifiers if m is not self
         ]
-        if sharing:
-            raise ValueError(
-                f"NBLModifier shares its calibration pass with "
-                f"{', '.join(type(m).__name__ for m in sharing)}, which would work on "
-                "attention layers that are about to be replaced. Use "
-                "oneshot(pipeline='independent'), the default."
-            )
+        _refuse_shared_pass(sharing)
         if self._dataset_args is not None:
             # Nothing changes during this pass, so running every layer a second time
             # to propagate the change would only double its cost. The pipeline reads
@@ -255,6 +263,8 @@ class NBLModifier(Modifier):
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Make model and configuration those of a linearized checkpoint."""
         # llm-compressor also finalizes the modifiers of a run that failed before.
+        self.remove_hooks()
+        self._calibration = None
         if self._report is not None:
             self._convert(state.model)
             if self._followers is not None:
@@ -277,7 +287,21 @@ class NBLModifier(Modifier):
                 "a model that the first is about to change. Use one."
             )
         refuse_earlier(earlier)
+        self._check_pipeline([*earlier, *later])
         return Followers(later, model, kwargs)
+
+    def _check_pipeline(self, others: Sequence[Modifier]) -> None:
+        if self._dataset_args is None:
+            return
+        pipeline = str(self._dataset_args.pipeline).lower()
+        if pipeline == "datafree":
+            raise ValueError(
+                "NBLModifier needs calibration data, which pipeline='datafree' does "
+                "not pass. Use oneshot(pipeline='independent'), the default."
+            )
+        # Asked again when calibration starts: not every run is oneshot's.
+        if pipeline != "independent":
+            _refuse_shared_pass(others)
 
     def _choose_from(self, model: PreTrainedModel) -> dict[int, str]:
         """Return the attention layers to measure, names by layer index."""
@@ -287,7 +311,7 @@ class NBLModifier(Modifier):
             if self.num_layers > len(found):
                 raise ValueError(
                     f"NBLModifier.num_layers: there are {len(found)} attention layers "
-                    f"to choose from, got {self.num_layers}."
+                    f"to choose from, got {self.num_layers}. Use {len(found)} or fewer."
                 )
             return found
         missing = [index for index in self.layers if index not in found]
@@ -348,6 +372,21 @@ class NBLModifier(Modifier):
     def _write_report(self, directory: Path) -> None:
         assert self._report is not None
         write_report(self._report, directory)
+        oneshot = running_oneshot()
+        if oneshot is not None and oneshot.processor is not None:
+            # oneshot() writes it after the model; in here it cannot be missing from a
+            # checkpoint whose run was killed in between.
+            oneshot.processor.save_pretrained(directory)
+
+
+def _refuse_shared_pass(others: Sequence[Modifier]) -> None:
+    if others:
+        raise ValueError(
+            f"NBLModifier shares its calibration pass with "
+            f"{', '.join(type(m).__name__ for m in others)}, which would work on "
+            "attention layers that are about to be replaced. Use "
+            "oneshot(pipeline='independent'), the default."
+        )
 
 
 ModifierFactory.register("NBLModifier", NBLModifier)

@@ -60,7 +60,8 @@ def replace_attention(
     linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
     linear.bias = nn.Parameter(bias.to(device), requires_grad=False)
     replacement = linearize_attention(layer, architecture, index, spec, linear)
-    replacement.train(attention.training)
+    for module in (replacement, layer.get_submodule(architecture.input_norm)):
+        module.train(attention.training)
     if offloaded:
         # Otherwise the next set_onload_device() would pin the weights where they are
         # now, outside of what the run may hold on the device.

@@ -1,8 +1,17 @@
-"""Settings that every test relies on, also when pytest runs without make."""
+"""Settings that every test relies on, and the models and data that many share."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Before transformers is imported: tests use the bundled model, never the hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,3 +21,44 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # failure in CI is the same failure on a desk.
 settings.register_profile("nbl", deadline=None, derandomize=True)
 settings.load_profile("nbl")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """
+    Run a module's tests on one thread.
+
+    Models of a few thousand weights have nothing to share out, and on a machine with
+    fewer free cores than threads the threads wait for each other a hundred times longer
+    than they compute.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a saved random Llama: 4 layers, hidden size 32, float32, untied."""
+    from tests.tiny_llama import save_llama
+
+    return save_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the same with tied embeddings."""
+    from tests.tiny_llama import save_llama
+
+    return save_llama(tmp_path_factory.mktemp("models") / "tied-llama", tied=True)
+
+
+@pytest.fixture(scope="session")
+def rows() -> Dataset:
+    """Return 16 sequences of 64 tokens for the random Llamas."""
+    from tests.tiny_llama import token_rows
+
+    return token_rows()

@@ -168,6 +168,7 @@ def prepare(args: argparse.Namespace) -> Plan:
     :raises NotImplementedError: if the architecture is not supported
     """
     from .checks import check_model, check_output
+    from .logs import show_ours_and_warnings
     from .recipes import load_recipe
     from .sources import (
         calibration_rows,
@@ -177,6 +178,8 @@ def prepare(args: argparse.Namespace) -> Plan:
     )
 
     check_output(args.output, args.model, args.overwrite)
+    if not args.debug:
+        show_ours_and_warnings()
     recipe = load_recipe(args.recipe)
 
     from nbl_modifier.modifier import NBLModifier

@@ -113,6 +113,8 @@ def _check(args: argparse.Namespace) -> None:
     from importlib.util import find_spec
 
     for model in args.models:
+        if model.startswith((".", "/", "~")) and not Path(model).exists():
+            raise ValueError(f"model {model}: no such directory. Check the path.")
         if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
             raise ValueError(
                 f"model {model}: the directory has no config.json. Pass a checkpoint."

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,6 +51,33 @@ def _labels(names: list[str]) -> list[str]:
     return labels
 
 
+@contextlib.contextmanager
+def _uncalibrated_disabled(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Let quantizers that have not had their epoch be without effect.
+
+    They attach before the first epoch and are disabled then, but the calibration passes
+    of other modifiers end by enabling all of them (llmcompressor 0.14.0.1,
+    utils/helpers.py, ``DisableQuantization``), with scales that hold anything yet.
+    """
+    from compressed_tensors.quantization import QuantizationStatus
+
+    waiting = [
+        module
+        for module in model.modules()
+        if getattr(module, "quantization_status", None)
+        == QuantizationStatus.INITIALIZED
+    ]
+    enabled = [getattr(module, "quantization_enabled", True) for module in waiting]
+    for module in waiting:
+        module.quantization_enabled = False
+    try:
+        yield
+    finally:
+        for module, value in zip(waiting, enabled, strict=True):
+            module.quantization_enabled = value
+
+
 def _probe_class(measure: Measure, results: dict[str, Any]) -> type:
     """Return the modifier; a function because llm-compressor is imported lazily."""
     from llmcompressor.core import active_session
@@ -73,7 +101,8 @@ def _probe_class(measure: Measure, results: dict[str, Any]) -> type:
             event: Any,  # noqa: ARG002
             **kwargs: Any,  # noqa: ARG002
         ) -> None:
-            results[self.label] = measure(state.model)
+            with _uncalibrated_disabled(state.model):
+                results[self.label] = measure(state.model)
 
         def on_finalize(self, state: Any, **kwargs: Any) -> bool:  # noqa: ARG002
             """Take all probes out: recipe.yaml is written from this list next."""

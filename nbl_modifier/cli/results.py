@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +26,8 @@ def update_report(
     :param figures: perplexities in order
     :return: the report as it is now
     """
-    from nbl_modifier.report.model_card import model_card, quantization_of
-    from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport, write_atomically
+    from nbl_modifier.report.model_card import write_report
+    from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
 
     directory = Path(output)
     evaluation = {
@@ -36,16 +35,13 @@ def update_report(
     }
     if figures:
         evaluation["held-out tokens"] = next(iter(figures.values())).num_tokens
-    evaluation["weights base, bytes"] = weight_bytes(model)
-    evaluation["weights, bytes"] = weight_bytes(output)
+    evaluation["weights of the base model in bytes"] = weight_bytes(model)
+    evaluation["weights in bytes"] = weight_bytes(output)
     report = dataclasses.replace(
         NBLReport.load(directory / REPORT_FILE_NAME),
         evaluation={k: float(v) for k, v in evaluation.items() if math.isfinite(v)},
     )
-    report.save(directory / REPORT_FILE_NAME)
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    card = model_card(report, config["architectures"][0], quantization_of(config))
-    write_atomically(directory / "README.md", card)
+    write_report(report, directory)
     return report
 
 

@@ -25,6 +25,9 @@ from .modeling_nbl import model_class
 __all__ = ["check_output_directory", "convert_in_place", "publish_on_save"]
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# Inside the target rather than beside it: files can be moved out of it in one step even
+# where the target is a mount point, and the directory above need not be writable.
+_STAGING = ".nbl-incomplete"
 
 
 def convert_in_place(
@@ -64,28 +67,25 @@ def check_output_directory(
 
     :param directory: where a checkpoint is to be written; need not exist
     :param architecture: the family of the model to be written
-    :raises NotADirectoryError: if it is a file
+    :raises NotADirectoryError: if it, or something above it, is a file
     :raises PermissionError: if it, or the nearest directory above it, is read-only
     :raises FileExistsError: if it holds the weights of another model
     """
     path = Path(directory).absolute()
-    if path.exists() and not path.is_dir():
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
         raise NotADirectoryError(
-            f"output directory {path} is a file. Choose another directory."
+            f"output directory {path}: {existing} is a file. Choose another directory."
         )
-    # The checkpoint is written beside the directory and then moved into place.
-    existing = next(
-        parent for parent in (path.parent, *path.parents) if parent.exists()
-    )
-    for needed in (existing, path) if path.exists() else (existing,):
-        if not os.access(needed, os.W_OK | os.X_OK):
-            raise PermissionError(
-                f"output directory {path}: cannot write to {needed}. Choose another "
-                "directory, or change its permissions."
-            )
-    if not path.exists() or not any(
-        (path / CONFIG_NAME).exists() or any(path.glob(pattern)) for pattern in _WEIGHTS
-    ):
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"output directory {path}: cannot write to {existing}. Choose another "
+            "directory, or change its permissions."
+        )
+    has_config = (path / CONFIG_NAME).exists()
+    # Weights beside a staging directory are what a killed save left.
+    has_weights = any(any(path.glob(pattern)) for pattern in _WEIGHTS)
+    if not has_config and (not has_weights or (path / _STAGING).is_dir()):
         return
     found = None
     with contextlib.suppress(OSError, ValueError):
@@ -109,9 +109,10 @@ def publish_on_save(
     """
     Make ``model.save_pretrained`` write a linearized checkpoint, whole or not at all.
 
-    The checkpoint is written to a hidden directory beside the target and moved there
-    when it is complete, ``config.json`` last, so that a run killed at any moment leaves
-    nothing that loads. Wraps llm-compressor's own wrapper, which compresses.
+    The checkpoint is written to a hidden directory inside the target and moved up when
+    it is complete. Until the very last step its ``config.json`` lacks the ``nbl_config``
+    block, without which nothing loads it, so that a run killed at any moment leaves no
+    directory that loads. Wraps llm-compressor's own wrapper, which compresses.
 
     :param model: the causal language model, with layers replaced
     :param architecture: its family
@@ -127,19 +128,26 @@ def publish_on_save(
     ) -> None:
         target = Path(save_directory).absolute()
         check_output_directory(target, architecture)
+        if kwargs.get("push_to_hub"):
+            raise NotImplementedError(
+                "save_pretrained(push_to_hub=True) would upload the files before they "
+                "are complete. Use model.push_to_hub(...) instead."
+            )
         before()
-        staging = target.with_name(f".{target.name}.incomplete")
+        staging = target / _STAGING
         if is_source_process():
             shutil.rmtree(staging, ignore_errors=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", target.name)  # not that of the hidden one
-        with _own_config(model.config, architecture):
-            inner(str(staging), *args, **kwargs)
-        if is_source_process():
-            _check_model_type(staging, architecture)
-            extra_files(staging)
-            _move_into_place(staging, target)
+            staging.mkdir(parents=True)
+        try:
+            with _unfinished_config(model.config, architecture):
+                inner(str(staging), *args, **kwargs)
+            if is_source_process():
+                content = _finished_config(staging, model.config, architecture)
+                extra_files(staging)
+                _move_into_place(staging, target, content)
+        finally:
+            if is_source_process():
+                shutil.rmtree(staging, ignore_errors=True)
 
     # llm-compressor wraps what does not carry this mark; a later oneshot() on this
     # model must not wrap it again and rewrite config.json after it.
@@ -148,69 +156,84 @@ def publish_on_save(
 
 
 @contextlib.contextmanager
-def _own_config(config: PretrainedConfig, architecture: Architecture) -> Iterator[None]:
+def _unfinished_config(
+    config: PretrainedConfig, architecture: Architecture
+) -> Iterator[None]:
     """
-    Let llm-compressor find the linearized model's ``config.json`` as the original one.
+    Have a ``config.json`` written that no loader accepts.
 
-    While saving it replaces the file that transformers wrote by the one at
+    While saving, llm-compressor replaces the file that transformers wrote by the one at
     ``config._name_or_path`` (llmcompressor 0.14.0.1,
     transformers/compression/compressed_tensors_utils.py, ``resave_config``): the base
-    model's, under which the checkpoint would load with random attention weights. Even
-    for a moment that must not exist on disk.
+    model's, under which the checkpoint would load with random attention weights. It
+    finds one of the linearized model type instead. Stock transformers does not know that
+    type, and its own classes refuse it without the ``nbl_config`` block, which
+    :func:`_finished_config` adds.
     """
-    name_or_path = config._name_or_path
-    if not name_or_path:
-        yield  # nothing to read: transformers' own file is kept
-        return
+    name_or_path, block = config._name_or_path, config.nbl_config
     with tempfile.TemporaryDirectory() as folder:
-        # The original file rather than transformers' rendering of it: other readers
-        # of the checkpoint know its spelling.
-        original = cached_file(
-            name_or_path, CONFIG_NAME, _raise_exceptions_for_missing_entries=False
-        )
-        content = json.loads(Path(original).read_text()) if original else {}
-        content |= {
-            "model_type": architecture.nbl_model_type,
-            "architectures": [architecture.nbl_causal_lm],
-            "nbl_config": config.nbl_config,
-        }
-        content.pop("auto_map", None)
-        if not original:
-            content = {**config.to_dict(), **content}
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps(content, indent=2))
-        config._name_or_path = folder
+        if name_or_path:  # otherwise transformers' own file is kept
+            content = _base_config(config) | {
+                "model_type": architecture.nbl_model_type,
+                "architectures": [architecture.nbl_causal_lm],
+                "nbl_config": None,
+            }
+            content.pop("auto_map", None)
+            (Path(folder) / CONFIG_NAME).write_text(json.dumps(content))
+            config._name_or_path = folder
+        config.nbl_config = None
         try:
             yield
         finally:
-            config._name_or_path = name_or_path
+            config._name_or_path, config.nbl_config = name_or_path, block
 
 
-def _check_model_type(directory: Path, architecture: Architecture) -> None:
-    saved = json.loads((directory / CONFIG_NAME).read_text())
+def _base_config(config: PretrainedConfig) -> dict[str, Any]:
+    # The original file rather than transformers' rendering of it: other readers of the
+    # checkpoint know its spelling.
+    original = None
+    with contextlib.suppress(OSError, ValueError):  # moved away since it was loaded
+        original = cached_file(
+            config._name_or_path,
+            CONFIG_NAME,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    content: dict[str, Any] = (
+        json.loads(Path(original).read_text()) if original else config.to_dict()
+    )
+    return content
+
+
+def _finished_config(
+    directory: Path, config: PretrainedConfig, architecture: Architecture
+) -> dict[str, Any]:
+    """
+    Return what ``config.json`` of the saved checkpoint has to hold.
+
+    :raises RuntimeError: if it was saved as that of another class
+    """
+    saved: dict[str, Any] = json.loads((directory / CONFIG_NAME).read_text())
     expected = (architecture.nbl_model_type, [architecture.nbl_causal_lm])
-    if (
-        saved.get("model_type"),
-        saved.get("architectures"),
-    ) != expected or not saved.get("nbl_config"):
-        shutil.rmtree(directory)
+    if (saved.get("model_type"), saved.get("architectures")) != expected:
         raise RuntimeError(
             f"config.json was saved with model_type {saved.get('model_type')!r} and "
             f"architectures {saved.get('architectures')}, expected {expected}: it "
             "would load as the base model with random attention weights, so nothing "
             "was kept. nbl_modifier was not tested with this llm-compressor."
         )
+    return saved | {"nbl_config": config.nbl_config}
 
 
-def _move_into_place(staging: Path, target: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
-        return
+def _move_into_place(staging: Path, target: Path, config: dict[str, Any]) -> None:
     # While files are exchanged the directory must not load: config.json goes first
     # and comes last. Shards of an earlier, larger checkpoint must not stay behind.
     (target / CONFIG_NAME).unlink(missing_ok=True)
     for pattern in _WEIGHTS:
         for stale in target.glob(pattern):
             stale.unlink()
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == CONFIG_NAME):
-        path.replace(target / path.name)
-    staging.rmdir()
+    for path in staging.iterdir():
+        if path.name != CONFIG_NAME:
+            path.replace(target / path.name)
+    finished = staging / f"{CONFIG_NAME}.finished"
+    finished.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    finished.replace(target / CONFIG_NAME)

@@ -28,8 +28,7 @@ class CovarianceAccumulator:
     (Chan, Golub and LeVeque, The American Statistician 37, 1983). Nothing is
     subtracted from a raw second moment, so a large mean costs no accuracy.
 
-    A channel that is constant in float32, bfloat16 or float16 gets variance exactly
-    0: sums of up to 2^29 such values are exact in float64.
+    A channel that never changes gets covariances of exactly 0, not rounding noise.
 
     :param d_in: width of x
     :param d_out: width of y

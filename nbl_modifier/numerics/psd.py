@@ -10,12 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Relative dampening tried in turn when a matrix is not numerically positive definite.
-# The first is 50 times the rounding error d * eps of a factorization at d = 8192: one
-# step nearly always does, and it is still nothing to the variances.
+# Dampening tried in turn when a matrix is not numerically positive definite: fewer
+# tokens than channels, duplicated channels. Each is a fraction of every channel's own
+# variance, that is, a multiple of I on the correlation matrix being factored: the least
+# change in the units in which solvability is decided, whatever the channels' units. Not
+# of mean(diag(cov)) as in GPTQ: a massive-activation channel sets that mean, so the
+# ridge on all others would grow with it, up to erasing them. The first is 50 times the
+# rounding error d * eps of a factorization at d = 8192, and nothing to the variances.
 _ESCALATION = (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 _INVERSE_ITERATIONS = 3
+
+_NOT_DEFINITE = (
+    "covariance is not positive definite: smallest pivot {:.1e}, smallest eigenvalue "
+    "about {:.1e} in units of the variances, needed {:.1e} (d={}), after adding {:.0e} "
+    "of each variance. Use more calibration tokens than d, set a larger dampening_frac "
+    "(such as 0.01), or allow a larger max_dampening_frac."
+)
 
 
 @dataclass(frozen=True)
@@ -74,24 +85,10 @@ def damped_cholesky(
     """
     Factor ``A = cov + ridge I + extra diag(cov + ridge I)``, ``extra`` mostly 0.
 
-    ``ridge = dampening_frac * mean(diag(cov))`` is what was asked for, as in GPTQ:
-    the same for every channel. ``extra`` is added only if that matrix is not
-    numerically positive definite (more channels than tokens, duplicated channels):
-    1e-10, then 10 times more until it is. It is relative to each channel's own
-    variance, i.e. a multiple of I on the correlation matrix that is factored: the
-    smallest change in the units in which solvability is decided, and independent of
-    those units. A multiple of ``mean(diag(cov))`` would not do: one
-    massive-activation channel (1e10 times the variance of the others) sets that mean,
-    and a ridge of 1e-10 of it would erase all other channels.
-
-    Numerically positive definite means: Cholesky succeeds and the smallest
-    eigenvalue of the correlation matrix, estimated from the factor, exceeds
-    ``d * eps``, the size of the factorization's own rounding error. The smallest
-    pivot is an upper bound of that eigenvalue and alone would let singular matrices
-    pass. Conditioning that comes from the channels' scales alone costs nothing.
-
-    A channel of zero variance says nothing about any other. Undamped, it becomes a row
-    and column of the identity: it decouples, and the others need no dampening for it.
+    ``ridge = dampening_frac * mean(diag(cov))``, as in GPTQ, is what was asked for.
+    ``extra`` is the smallest of 0, 1e-10, 1e-9, ... that makes the matrix numerically
+    positive definite. A channel of zero variance says nothing about the others: it
+    becomes a row and column of the identity, and they need no dampening for it.
 
     :param cov: ``[d, d]``, float64, covariance; only the lower triangle is used
     :param dampening_frac: requested, fraction of ``mean(diag(cov))``, >= 0
@@ -108,6 +105,8 @@ def damped_cholesky(
     scale = (diagonal + dampening_frac * diagonal.mean()).sqrt()
     scale = scale.masked_fill(scale == 0, 1.0)
     correlation = (cov / scale[:, None]).div_(scale)
+    # The size of the factorization's own rounding error, in a matrix of unit diagonal.
+    # Conditioning that the channels' scales alone cause has been divided out.
     tolerance = width * torch.finfo(cov.dtype).eps
     extra = pivot = eigenvalue = 0.0
     for extra in (0.0, *(e for e in _ESCALATION if e <= max_dampening_frac)):
@@ -118,11 +117,7 @@ def damped_cholesky(
             used = dampening_frac + extra * (1.0 + dampening_frac)
             return DampedCholesky(scale, factor, used, int((diagonal == 0).sum()))
     raise torch.linalg.LinAlgError(
-        f"covariance is not positive definite: smallest pivot {pivot:.1e}, smallest "
-        f"eigenvalue about {eigenvalue:.1e} in units of the variances, needed "
-        f"{tolerance:.1e} (d={width}), after adding {extra:.0e} of each variance. "
-        "Use more calibration tokens than d, set a larger dampening_frac (such as "
-        "0.01), or allow a larger max_dampening_frac."
+        _NOT_DEFINITE.format(pivot, eigenvalue, tolerance, width, extra)
     )
 
 
@@ -144,9 +139,10 @@ def _definiteness(factor: Tensor, info: int) -> tuple[float, float]:
     """
     Return the smallest pivot and an estimate, from above, of the smallest eigenvalue.
 
-    Inverse iteration, O(d^2), from ``L^-T e_k`` with k the smallest pivot: for a
-    singular matrix that is its null vector. For a unit vector v the estimate is
-    ``1 / (v^T A^-1 v) = 1 / ||L^-1 v||^2``.
+    A pivot is an upper bound of that eigenvalue, but rounding leaves pivots far above
+    ``d * eps`` in singular matrices. Hence inverse iteration, O(d^2), from ``L^-T e_k``
+    with k the smallest pivot: for a singular matrix that is its null vector. For a unit
+    vector v the estimate is ``1 / (v^T A^-1 v) = 1 / ||L^-1 v||^2``.
     """
     pivots = factor.diagonal()
     if info > 0:  # LAPACK stopped at this pivot, before its square root

@@ -190,4 +190,4 @@ def _evaluation_table(evaluation: dict[str, float] | None) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3f}"

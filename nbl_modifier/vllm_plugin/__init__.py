@@ -25,8 +25,8 @@ def register() -> None:
     from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    from ..architectures import ARCHITECTURES
-    from ..hf.configuration_nbl import config_class
+    from nbl_modifier.architectures import ARCHITECTURES
+    from nbl_modifier.hf.configuration_nbl import config_class
 
     _warn_if_untested()
     # hf.register() would import each family's transformers model, which vLLM never uses

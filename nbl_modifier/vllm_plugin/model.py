@@ -22,7 +22,7 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
-from ..architectures import ARCHITECTURES, Architecture
+from nbl_modifier.architectures import ARCHITECTURES, Architecture
 
 __all__ = ["LinearizedAttention", "LinearizedMixin", "ResidualAdd"]
 
@@ -57,7 +57,10 @@ class LinearizedAttention(nn.Module):
         )
 
     def forward(
-        self, positions: torch.Tensor, hidden_states: torch.Tensor, **_: Any
+        self,
+        positions: torch.Tensor,  # noqa: ARG002  # as vLLM's attention modules
+        hidden_states: torch.Tensor,
+        **_: Any,
     ) -> torch.Tensor:
         """
         Return the map of every token.
@@ -88,11 +91,11 @@ class ResidualAdd(nn.Module):
         :param residual: the residual stream before it, same shape and dtype
         :return: their sum, twice, since the input of attention is the residual stream;
             without ``residual`` just ``hidden_states``. Rounded as ``RMSNorm`` does:
-            added in float32, then back to the dtype of ``hidden_states``.
+            to the dtype of ``hidden_states``, after the addition.
         """
         if residual is None:
             return hidden_states
-        total = hidden_states + residual.to(hidden_states.dtype)
+        total = (hidden_states + residual).to(hidden_states.dtype)
         return total, total
 
 
@@ -121,7 +124,8 @@ class LinearizedMixin:
         config = vllm_config.model_config.hf_config
         linearized = config.linearized_layers()
         _check_stages(linearized, vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+        # The stock class is next in the order of resolution.
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
 
         architecture = self.architecture
         layers: nn.ModuleList = self.get_submodule(architecture.layers)  # type: ignore[attr-defined]
@@ -188,20 +192,23 @@ def _check_stages(linearized: Iterable[int], vllm_config: VllmConfig) -> None:
                 "--no-enable-prefix-caching."
             )
         return
-    named = "; ".join(f"stage {rank}: {_span(stages[rank])}" for rank in empty)
     if linear.issuperset(range(num_layers)):
-        remedy = "all layers of this model are linear: start vLLM with "
-        remedy += "--pipeline-parallel-size 1."
+        remedy = (
+            "All layers of this model are linear: start vLLM with "
+            "--pipeline-parallel-size 1."
+        )
     else:
         remedy = (
-            f"layers with attention are {sorted(set(range(num_layers)) - linear)}: "
-            "give each stage one of them by setting VLLM_PP_LAYER_PARTITION to the "
-            f"numbers of layers per stage, {num_stages} numbers with sum {num_layers}, "
-            f"now {','.join(str(len(stage)) for stage in stages)}; or use fewer stages."
+            f"Layers with attention are {sorted(set(range(num_layers)) - linear)}: "
+            "give each stage one of them by setting VLLM_PP_LAYER_PARTITION, the number "
+            f"of layers of each stage, now {','.join(str(len(s)) for s in stages)}, or "
+            "use fewer stages."
         )
     raise ValueError(
-        f"pipeline parallel size {num_stages}: a stage without any attention layer has "
-        f"no KV cache, which vLLM cannot serve, got {named}. The {remedy}"
+        f"pipeline parallel size {num_stages}: each stage needs an attention layer, "
+        "since vLLM cannot serve a stage without KV cache, got none in "
+        f"{'; '.join(f'stage {rank}: {_span(stages[rank])}' for rank in empty)}. "
+        f"{remedy}"
     )
 
 

@@ -91,6 +91,7 @@ def test_missing_vllm_says_where_to_run_it(
     ("arguments", "message"),
     [
         (["{folder}"], "has no config.json"),
+        (["base", "{folder}/missing"], "missing: no such directory"),
         (["base", "--max-tokens", "0"], "--max-tokens must be at least 1, got 0"),
     ],
 )

@@ -170,7 +170,7 @@ def test_small_variance_around_large_mean_survives() -> None:
     step = float(x[7] - x[0])
     stats = CovarianceAccumulator(1, 1).update(x, x).finalize()
     # Two centred values of relative accuracy eps * 100 / step = 3e-9.
-    assert float(stats.cov_xx) == pytest.approx(step**2 / 4096, rel=1e-8)
+    assert float(stats.cov_xx) == pytest.approx(step**2 / 4096, rel=1e-8, abs=0.0)
 
 
 def test_finalize_leaves_the_accumulator_usable() -> None:
@@ -222,6 +222,16 @@ def test_merge_does_not_modify_the_other() -> None:
     assert left.merge(right).num_tokens == 200
     assert_matches_oracle(left.finalize(), X, Y)
     assert_matches_oracle(right.finalize(), X[90:], Y[90:])
+
+
+def test_merge_without_cov_yy() -> None:
+    X, Y = gaussian_pair(200, 6, 3)
+    parts = [
+        stream(X[rows], Y[rows], 50, False) for rows in (slice(90), slice(90, 200))
+    ]
+    stats = parts[0].merge(parts[1]).finalize()
+    expected = np.diag(oracle.moments(X, Y).cov_yy)
+    np.testing.assert_allclose(stats.var_y, expected, rtol=rounding(200, 1))
 
 
 def test_nbytes() -> None:

@@ -124,7 +124,7 @@ def test_requested_and_escalated_dampening_add_up() -> None:
     X[:, 7] = X[:, 2] = 1e12 * X[:, 2]  # a ridge of 1e-16 of the mean is lost on these
     cov = covariance(X)
     result = damped_cholesky(cov, 1e-16)
-    assert result.dampening_frac == pytest.approx(1e-10 + 1e-16, rel=1e-12)
+    assert result.dampening_frac == pytest.approx(1e-10 + 1e-16, rel=1e-12, abs=0.0)
     added = (reassembled(result) - cov).diagonal().sum() / cov.diagonal().sum()
     assert float(added) == pytest.approx(
         result.dampening_frac, abs=float(rounding(0, 24))

@@ -88,6 +88,18 @@ def test_bound_is_above_the_error(pair: tuple[Array, Array], frac: float) -> Non
     assert error <= nmse_bound(stats, frac) + tolerance_of(*pair)
 
 
+def test_perfect_fits_stay_in_range() -> None:
+    # Each of the three is 0 or 1 up to a rounding error of either sign: over 20 seeds
+    # some would be out of range if they were not clamped. The other limits only say
+    # that these are perfect fits; test_linear_data_is_solved derives theirs.
+    for seed in range(20):
+        X = gaussian_pair(50, 5, 1, seed)[0]
+        stats = stats_of(X, X @ random_map(5, 5, seed).weight.numpy())
+        assert 0.0 <= nmse(stats, solve_lmmse(stats)) < 1e-12
+        assert 0.0 <= nmse_bound(stats) < 1e-6
+        assert 1.0 - 1e-6 < float(canonical_correlations(stats).max()) <= 1.0
+
+
 def test_bound_is_attained() -> None:
     # One output: the whitened error is the error, so the theorem holds with equality.
     X, Y = gaussian_pair(100, 7, 1)

@@ -44,7 +44,7 @@ def test_card_describes_the_checkpoint() -> None:
         "`nbl_llama`",
         "50.0 %",
         "2 times the tokens",
-        "| perplexity base | 14.5 |",
+        "| perplexity base | 14.500 |",
         "| held-out tokens | 16,320 |",
         markdown_table(report),
         "NBLModifier: {num_layers: 2}",

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of families against the classes of transformers that it names."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import transformers
+
+from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture_of
+from tests.tiny_llama import load
+
+ROWS = pytest.mark.parametrize("row", ARCHITECTURES.values(), ids=lambda r: r.model_type)
+
+
+def test_llama_is_supported() -> None:
+    assert "llama" in ARCHITECTURES
+
+
+@ROWS
+def test_names_exist_in_transformers(row: Architecture) -> None:
+    causal_lm = getattr(transformers, row.causal_lm)
+    assert causal_lm.config_class.model_type == row.model_type
+    assert issubclass(getattr(transformers, row.base_model), transformers.PreTrainedModel)
+
+
+@ROWS
+def test_names_of_linearized_models_are_not_taken(row: Architecture) -> None:
+    assert row.nbl_model_type not in transformers.CONFIG_MAPPING._mapping
+    assert not hasattr(transformers, row.nbl_causal_lm)
+    assert not hasattr(transformers, row.nbl_base_model)
+
+
+def test_names_of_llama() -> None:
+    """Fixed for ever: they are written into checkpoints."""
+    row = ARCHITECTURES["llama"]
+    assert row.nbl_model_type == "nbl_llama"
+    assert row.nbl_causal_lm == "NBLLlamaForCausalLM"
+    assert row.nbl_base_model == "NBLLlamaModel"
+
+
+def test_paths_lead_to_attention_and_norm(llama: Path) -> None:
+    model, row = load(llama), ARCHITECTURES["llama"]
+    assert len(model.get_submodule(row.layers)) == model.config.num_hidden_layers
+    for index, layer in enumerate(model.get_submodule(row.layers)):
+        attention = model.get_submodule(row.attention_name(index))
+        assert attention is layer.get_submodule(row.attention)
+        assert {"q_proj", "o_proj"} <= dict(attention.named_children()).keys()
+        assert layer.get_submodule(row.input_norm).weight.shape == (32,)
+
+
+def test_lookup_by_either_model_type() -> None:
+    row = ARCHITECTURES["llama"]
+    assert architecture_of("llama") is row
+    assert architecture_of("nbl_llama") is row
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "nbl_gpt2", "", "nbl_", "Llama"])
+def test_unknown_family_is_refused_with_the_supported_ones(model_type: str) -> None:
+    with pytest.raises(NotImplementedError) as error:
+        architecture_of(model_type)
+    message = str(error.value)
+    assert repr(model_type) in message
+    assert ", ".join(sorted(ARCHITECTURES)) in message
+    assert "nbl_modifier/architectures.py" in message
+
+
+def test_attention_name_follows_the_paths() -> None:
+    row = replace(ARCHITECTURES["llama"], layers="decoder.blocks", attention="attn")
+    assert row.attention_name(7) == "decoder.blocks.7.attn"

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Random Llamas of a few thousand weights, and real llm-compressor runs on them.
+
+llm-compressor is imported inside the functions that need it: seconds, which tests that
+do not compress should not wait for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO_MODEL = Path(__file__).parents[1] / "examples" / "models" / "pycode-4m"
+VOCAB_SIZE = 128
+MAX_LENGTH = 256
+# 4 bits like W4A16, in groups that fit hidden sizes of 32 and more.
+FOUR_BITS: dict[str, Any] = {
+    "group_0": {
+        "targets": ["Linear"],
+        "weights": {
+            "num_bits": 4,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "group",
+            "group_size": 32,
+        },
+    }
+}
+
+
+def save_llama(
+    folder: Path,
+    *,
+    num_layers: int = 4,
+    hidden_size: int = 32,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Path:
+    """
+    Save a random Llama, since oneshot() wants a model that comes from a directory.
+
+    The weights are large enough for attention to look around and for logits to differ,
+    the norms' weights are random, so that folding one away or keeping it is visible.
+
+    :param folder: where to; must not exist
+    :param num_layers: decoder layers
+    :param hidden_size: width, four heads of a quarter each
+    :param tied: whether embedding and head share their weight
+    :param dtype: of the weights
+    :param seed: of the weights
+    :return: ``folder``
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=1.2 * hidden_size**-0.5,
+        tie_word_embeddings=tied,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                torch.nn.init.normal_(weight, mean=1.0, std=0.3)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path | str, **kwargs: Any) -> PreTrainedModel:
+    """Return the causal language model saved in ``folder``."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs)
+
+
+def load_on_disk(folder: Path, offload_folder: Path) -> PreTrainedModel:
+    """Load a random Llama as llm-compressor does one of which little fits in memory."""
+    from compressed_tensors.offload import load_offloaded_model
+    from transformers import AutoModelForCausalLM
+
+    with load_offloaded_model():
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto",
+            device_map="auto",
+            max_memory={"cpu": 60_000},  # bytes: the embedding
+            offload_folder=str(offload_folder),
+        )
+
+
+def token_rows(num_rows: int = 16, length: int = 64, seed: int = 0) -> Dataset:
+    """Return tokenized random text: ``num_rows`` sequences of ``length`` tokens."""
+    return ragged_rows([length] * num_rows, seed)
+
+
+def ragged_rows(lengths: list[int], seed: int = 0) -> Dataset:
+    """Return tokenized random text, sequence i of ``lengths[i]`` tokens."""
+    from datasets import Dataset
+
+    generator = torch.Generator().manual_seed(seed)
+    rows = [
+        torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist()
+        for length in lengths
+    ]
+    masks = [[1] * length for length in lengths]
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": masks})
+
+
+def demo_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerBase:
+    """
+    Return the demo model's tokenizer.
+
+    oneshot() wants one with every dataset; for rows that are tokens already it is only
+    asked how to pad.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(DEMO_MODEL, padding_side=padding_side)
+
+
+def compress(
+    model: PreTrainedModel | str | Path, recipe: Any, rows: Dataset | None, **kwargs: Any
+) -> PreTrainedModel:
+    """
+    Run oneshot() and return its model.
+
+    :param model: a model that was loaded from a directory, or the directory
+    :param recipe: what oneshot takes
+    :param rows: calibration data, all of which is used, in order
+    :param kwargs: of oneshot
+    """
+    from llmcompressor import oneshot
+
+    kwargs.setdefault("processor", demo_tokenizer())
+    if rows is not None:
+        kwargs.setdefault("num_calibration_samples", len(rows))
+        kwargs.setdefault("shuffle_calibration_samples", False)
+    return oneshot(
+        model=str(model) if isinstance(model, Path) else model,
+        recipe=recipe,
+        dataset=rows,
+        **kwargs,
+    )
+
+
+def logits_of(model: PreTrainedModel, seed: int = 7) -> Tensor:
+    """Return ``model``'s logits on two fixed random sequences of 24 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(2, VOCAB_SIZE, (2, 24), generator=generator)
+    with torch.no_grad():
+        return model.eval()(tokens, use_cache=False).logits
+
+
+def linearized(model: PreTrainedModel) -> list[int]:
+    """Return the decoder layers of a Llama whose attention is linear, by the modules."""
+    return [
+        index
+        for index, layer in enumerate(model.model.layers)
+        if hasattr(layer.self_attn, "linear")
+    ]
+
+
+def tensors_in(folder: Path) -> dict[str, Tensor]:
+    """Return every tensor of a checkpoint, from all of its files."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found = load_file(path)
+        assert not tensors.keys() & found.keys()  # no tensor is stored twice
+        tensors |= found
+    return tensors
