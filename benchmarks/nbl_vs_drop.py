@@ -20,6 +20,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nbl_modifier import NBLModifier
+from nbl_modifier.cli.logs import show_ours_and_warnings
 from nbl_modifier.data import pack, stdlib_texts
 from nbl_modifier.evaluation import PerplexityResult, perplexity
 from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
@@ -83,6 +84,7 @@ def main() -> int:
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
+    show_ours_and_warnings()
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     texts, other_texts = stdlib_texts("calibration"), stdlib_texts("heldout")

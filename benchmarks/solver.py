@@ -2,8 +2,9 @@
 """
 Time the solver against the reference's algorithm, on the same statistics.
 
-Ours: one Cholesky factor of C_xx for both the weight and the CCA bound. Reference (NBL,
-arXiv:2505.21077, Algorithms 1 and 2): eigendecompositions of C_xx and C_yy, SVD of the
+Both answer what NBL asks of one attention layer: the weight from x to y and the CCA bound
+from x to y + x. Ours: Cholesky factors and triangular solves. Reference (NBL,
+arXiv:2505.21077, Algorithms 1 and 2): eigendecompositions of both covariances, SVD of the
 whitened cross-covariance, and the inverse of C_xx for the weight. Both in torch,
 float64, alternating in one process; run as
 
@@ -22,20 +23,17 @@ from torch import Tensor
 from nbl_modifier.numerics import (
     CovarianceAccumulator,
     CovarianceStats,
-    damped_cholesky,
-    nmse_bound,
-    solve_lmmse,
+    solve_attention,
 )
 
 Solver = Callable[[CovarianceStats], tuple[Tensor, float]]
 
 
-def make_stats(d: int, d_out: int, device: str) -> CovarianceStats:
+def make_stats(d: int, device: str) -> CovarianceStats:
     """
     Return statistics of ``4 d`` tokens whose C_xx has a condition number near 1e5.
 
-    :param d: width of x
-    :param d_out: width of y
+    :param d: width of x and y
     :param device: where to compute and keep them
     :return: statistics with ``cov_yy``
     """
@@ -46,26 +44,26 @@ def make_stats(d: int, d_out: int, device: str) -> CovarianceStats:
 
     spread = torch.logspace(0, -2, d, device=device)
     mixing = torch.linalg.qr(normal(d, d))[0]
-    signal = normal(d, d_out) / d**0.5
-    accumulator = CovarianceAccumulator(d, d_out, device=device)
+    signal = normal(d, d) / d**0.5
+    accumulator = CovarianceAccumulator(d, d, device=device)
     for _ in range(4):
         latent = normal(d, d)
-        target = torch.tanh(latent @ signal) + 0.5 * normal(d, d_out)
+        target = torch.tanh(latent @ signal) + 0.5 * normal(d, d)
         accumulator.update((latent * spread) @ mixing, target)
     return accumulator.finalize()
 
 
 def ours(stats: CovarianceStats) -> tuple[Tensor, float]:
-    """Return the weight ``[d_out, d]`` and the bound."""
-    factor = damped_cholesky(stats.cov_xx)
-    weight = solve_lmmse(stats, factor=factor).weight
-    return weight, nmse_bound(stats, factor_xx=factor)
+    """Return the weight ``[d, d]`` and the bound."""
+    solution = solve_attention(stats)
+    return solution.linear_map.weight, solution.bound
 
 
 def reference(stats: CovarianceStats) -> tuple[Tensor, float]:
-    """Return the weight ``[d_out, d]`` and the bound, as Algorithms 1 and 2 say."""
-    assert stats.cov_yy is not None
+    """Return the weight ``[d, d]`` and the bound, as Algorithms 1 and 2 say."""
     weight = stats.cov_yx @ torch.linalg.inv(stats.cov_xx)
+    stats = stats.plus_input()
+    assert stats.cov_yy is not None
     whitened = _inverse_root(stats.cov_yy) @ stats.cov_yx @ _inverse_root(stats.cov_xx)
     # With the vectors, though only the values are used: what the reference runs.
     rho = torch.linalg.svd(whitened, full_matrices=False).S
@@ -84,22 +82,18 @@ def _timed(solver: Solver, stats: CovarianceStats) -> tuple[float, Tensor, float
     return time.perf_counter() - start, weight, bound
 
 
-def measure(
-    d: int, device: str, repeats: int, d_out: int | None = None
-) -> dict[str, Any]:
+def measure(d: int, device: str, repeats: int) -> dict[str, Any]:
     """
     Run both solvers in turn ``repeats`` times, after an unmeasured round on small data.
 
-    :param d: width of x
+    :param d: width of x and y
     :param device: such as ``cpu`` or ``cuda``
     :param repeats: measured rounds
-    :param d_out: width of y, ``d`` if None
     :return: the arguments, ``threads``, ``{ours,reference}_seconds`` (lists) and
         ``_median_seconds``, ``ratio`` of the medians, ``weight_difference`` (Frobenius,
         relative), ``bound_difference`` (absolute) and ``bound``
     """
-    d_out = d if d_out is None else d_out
-    warm_up, stats = make_stats(64, 64, device), make_stats(d, d_out, device)
+    warm_up, stats = make_stats(64, device), make_stats(d, device)
     for solver in (ours, reference):
         solver(warm_up)
     mine: list[float] = []
@@ -112,7 +106,6 @@ def measure(
     difference = torch.linalg.norm(weight - expected_weight)
     return {
         "d": d,
-        "d_out": d_out,
         "device": device,
         "threads": torch.get_num_threads(),
         "ours_seconds": mine,
@@ -129,14 +122,13 @@ def measure(
 def main() -> None:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--d", type=int, default=2048, help="width of x")
-    parser.add_argument("--d-out", type=int, help="width of y; default: that of x")
+    parser.add_argument("--d", type=int, default=2048, help="width of x and y")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    result = measure(args.d, args.device, args.repeats, args.d_out)
+    result = measure(args.d, args.device, args.repeats)
     print(
-        f"d={result['d']} d_out={result['d_out']} float64 {result['device']}, "
+        f"d={result['d']} float64 {result['device']}, "
         f"{result['threads']} threads, {args.repeats} repeats, median (min..max)"
     )
     for name in ("ours", "reference"):

@@ -151,28 +151,25 @@ class Calibration:
         name = self._names[index]
         check_num_tokens(name, statistics.num_tokens, statistics.hidden_size)
         try:
-            fit, bound = statistics.finalize()
-            factor = numerics.damped_cholesky(fit.cov_xx, self._dampening_frac)
-            linear_map = numerics.solve_lmmse(fit, factor=factor)
-            cca_bound = numerics.nmse_bound(
-                bound,
-                self._dampening_frac,
-                # X is the residual stream itself: one factorization serves both.
-                factor_xx=None if self._normalized else factor,
-            )
+            residual, normalized = statistics.finalize()
+            solution = numerics.solve_attention(residual, self._dampening_frac)
+            linear_map, fit = solution.linear_map, residual
+            if normalized is not None:
+                fit = normalized
+                linear_map = numerics.solve_lmmse(fit, self._dampening_frac)
             dtype = weight_dtype(self._attentions[index])
             weight, bias = linear_map.cast(dtype)
             nmse = numerics.nmse(fit, linear_map)
         except (ValueError, torch.linalg.LinAlgError) as err:
             raise type(err)(f"{name}: {err}") from err
         # The same error in another unit: only the variance it is divided by differs.
-        energy_ratio = float(fit.var_y.sum() / bound.var_y.sum())
+        variance_ratio = float(fit.var_y.sum()) / solution.residual_variance
         measurement = Measurement(
             num_tokens=fit.num_tokens,
             nmse=nmse,
-            residual_nmse=nmse * energy_ratio,
-            cca_bound=cca_bound,
-            dampening_frac=factor.dampening_frac,
+            residual_nmse=nmse * variance_ratio,
+            cca_bound=solution.bound,
+            dampening_frac=linear_map.dampening_frac,
             seconds=statistics.seconds + time.perf_counter() - started_at,
         )
         self.measured[index] = measurement

@@ -121,12 +121,11 @@ class LayerStatistics:
         except NonFiniteError as err:
             raise NonFiniteError(f"{self.name}: {err}") from err
 
-    def finalize(self) -> tuple[CovarianceStats, CovarianceStats]:
+    def finalize(self) -> tuple[CovarianceStats, CovarianceStats | None]:
         """
-        Return the moments of (X, A) for the estimator and of (R, R + A) for the bound.
+        Return the moments of (R, A), and of (norm(R), A) if the estimator reads that.
 
         :raises ValueError: if fewer than 2 tokens were seen
         """
-        residual = self._residual.finalize()
-        fit = residual if self._normalized is None else self._normalized.finalize()
-        return fit, residual.plus_input()
+        normalized = None if self._normalized is None else self._normalized.finalize()
+        return self._residual.finalize(), normalized

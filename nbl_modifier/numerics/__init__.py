@@ -4,6 +4,7 @@ Second moments, LMMSE and CCA in float64. Imports torch and the standard library
 only: no transformers, no llmcompressor, no logging.
 """
 
+from .attention import AttentionSolution, solve_attention
 from .cca import canonical_correlations, nmse_bound
 from .covariance import CovarianceAccumulator
 from .lmmse import LinearMap, mse, nmse, solve_lmmse
@@ -11,6 +12,7 @@ from .psd import DampedCholesky, damped_cholesky
 from .stats import CovarianceStats, NonFiniteError
 
 __all__ = [
+    "AttentionSolution",
     "CovarianceAccumulator",
     "CovarianceStats",
     "DampedCholesky",
@@ -21,5 +23,6 @@ __all__ = [
     "mse",
     "nmse",
     "nmse_bound",
+    "solve_attention",
     "solve_lmmse",
 ]

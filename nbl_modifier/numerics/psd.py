@@ -66,6 +66,16 @@ class DampedCholesky:
         half = rhs / self.scale[:, None]
         return torch.linalg.solve_triangular(self.factor, half, upper=False, out=half)
 
+    def back_solve_(self, half: Tensor) -> Tensor:
+        """
+        Return ``L^-T half``, the second half of :meth:`solve`.
+
+        :param half: ``[d, k]``, float64, from :meth:`half_solve`; overwritten
+        :return: ``half``
+        """
+        torch.linalg.solve_triangular(self.factor.mT, half, upper=True, out=half)
+        return half.div_(self.scale[:, None])
+
     def solve(self, rhs: Tensor) -> Tensor:
         """
         Return ``A^-1 rhs = L^-T L^-1 rhs``.
@@ -74,9 +84,12 @@ class DampedCholesky:
         :return: ``[d, k]``, float64, in the memory order of ``rhs``
         :raises ValueError: if ``rhs`` does not have d rows
         """
-        full = self.half_solve(rhs)
-        torch.linalg.solve_triangular(self.factor.mT, full, upper=True, out=full)
-        return full.div_(self.scale[:, None])
+        return self.back_solve_(self.half_solve(rhs))
+
+    @property
+    def exact(self) -> bool:
+        """Whether ``L L^T`` is the covariance itself: undamped, no dead channel."""
+        return self.dampening_frac == 0.0 and self.num_dead == 0
 
 
 def damped_cholesky(

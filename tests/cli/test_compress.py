@@ -200,7 +200,7 @@ def refuse(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) ->
         ("{}", ["num_layers", "layers"]),
         ("{layers: [16]}", ["layers", "16"]),
         ("{num_layer: 1}", ["num_layer", "num_layers"]),
-        ("{num_layers: 1, targets: ['re:.*attn$']}", ["targets", "self_attn"]),
+        ("{num_layers: 1, targets: ['re:.*attention$']}", ["targets", "self_attn"]),
     ],
 )
 def test_bad_recipe_fields_are_refused(

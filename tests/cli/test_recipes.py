@@ -87,8 +87,7 @@ def test_wrong_layout_is_named(tmp_path: Path, text: str, message: str) -> None:
     [
         (
             "{NBLModifier: {num_layer: 4}}",
-            r"NBLModifier\.num_layer: no such field. Did you mean num_layers\? Fields: "
-            r".*num_layers",
+            r"NBLModifier has no field num_layer\. Its fields: num_layers, layers",
         ),
         ("{NBLModifier: {num_layers: four}}", r"NBLModifier\.num_layers: .*got 'four'"),
         ("{NBLModifier: {num_layers: 0}}", "num_layers"),
