@@ -60,7 +60,11 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.model_type: row
-    for row in (Architecture(model_type="llama", causal_lm="LlamaForCausalLM"),)
+    for row in (
+        Architecture(model_type="llama", causal_lm="LlamaForCausalLM"),
+        Architecture(model_type="mistral", causal_lm="MistralForCausalLM"),
+        Architecture(model_type="qwen3", causal_lm="Qwen3ForCausalLM"),
+    )
 }
 
 

@@ -34,7 +34,7 @@ from .report.tables import ranking_table
 from .selection import choose_layers
 from .smoothing import MixedModel
 from .surgery import replace_attention
-from .upstream import running_oneshot
+from .upstream import keep_causal_mask, release_causal_mask, running_oneshot
 
 __all__ = ["NBLModifier"]
 
@@ -162,6 +162,7 @@ class NBLModifier(Modifier):
         )
         if oneshot is not None and oneshot.output_dir is not None:
             check_output_directory(oneshot.output_dir, self._architecture)
+        keep_causal_mask()
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -264,6 +265,7 @@ class NBLModifier(Modifier):
         """Make model and configuration those of a linearized checkpoint."""
         # llm-compressor also finalizes the modifiers of a run that failed before.
         self.remove_hooks()
+        release_causal_mask()
         self._calibration = None
         if self._report is not None:
             self._convert(state.model)

@@ -1,14 +1,18 @@
 """
-What llm-compressor 0.14 knows of a run and does not tell its modifiers.
+What llm-compressor 0.14 does not tell its modifiers, or gets wrong where it hurts NBL.
 """
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from llmcompressor.entrypoints.oneshot import Oneshot
+from llmcompressor.pipelines.sequential.helpers import SequentialTracer
+from torch.fx.node import Argument
+from transformers import PretrainedConfig
 
-__all__ = ["running_oneshot"]
+__all__ = ["keep_causal_mask", "release_causal_mask", "running_oneshot"]
 
 
 def running_oneshot() -> Oneshot | None:
@@ -27,3 +31,35 @@ def running_oneshot() -> Oneshot | None:
             return caller
         frame = frame.f_back
     return None
+
+
+def keep_causal_mask() -> None:
+    """
+    Let models traced from now on compute their causal mask. Safe to call again.
+
+    Where a model passes its configuration to the mask function (Mistral, Mixtral, Phi3,
+    Qwen3-MoE), the sequential pipeline rebuilds it from ``config.to_dict()``
+    (llmcompressor 0.14.0.1, pipelines/sequential/helpers.py,
+    ``SequentialTracer.create_arg``). That drops ``_attn_implementation``, without which
+    transformers makes no mask (transformers 5.17, masking_utils.py,
+    ``create_causal_mask``): every token sees the future, and all that is calibrated is
+    calibrated on other activations than the model's.
+    """
+    SequentialTracer.create_arg = _create_arg
+
+
+def release_causal_mask() -> None:
+    """Undo :func:`keep_causal_mask`."""
+    if SequentialTracer.create_arg is _create_arg:
+        SequentialTracer.create_arg = _upstream_create_arg
+
+
+_upstream_create_arg = SequentialTracer.create_arg
+
+
+def _create_arg(self: SequentialTracer, a: Any) -> Argument:
+    if not isinstance(a, PretrainedConfig):
+        return _upstream_create_arg(self, a)
+    fields = {name: self.create_arg(value) for name, value in a.to_dict().items()}
+    fields["attn_implementation"] = a._attn_implementation
+    return self.create_node("call_function", a.__class__, (), fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from tests.followers import TinyModels
 
 # Before transformers is imported: tests use the bundled model, never the hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +41,43 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pageable_cache() -> Iterator[None]:
+    """
+    Let AWQ run on machines without an accelerator.
+
+    It pins the activations it caches, which torch refuses there (llmcompressor
+    0.14.0.1, modifiers/transform/awq/base.py, ``_setup_activation_cache_hooks``).
+    """
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(IntermediatesCache, "pin_memory", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def old_garbage_frozen() -> Iterator[None]:
+    """
+    Make ``gc.collect()`` look only at what is made from here on.
+
+    Tests call it to see what is freed, AutoRound calls it 27 times per run, and with
+    transformers in memory each call takes a quarter of a second.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """Return the saved random models that whole recipes run on, by family."""
+    from tests.followers import TinyModels
+
+    return TinyModels(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ LAYERS = {
         packages="compressed_tensors loguru torch transformers",
     ),
     "surgery": Layer(ours="hf architectures", packages="compressed_tensors torch"),
-    "upstream": Layer(packages="llmcompressor"),
+    "upstream": Layer(packages="llmcompressor torch transformers"),
     "capture": Layer(ours="numerics", packages="torch"),
     "evaluation": Layer(
         ours="report data hf",

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Random Llamas of a few thousand weights, and real llm-compressor runs on them.
+Random models of a few thousand weights, and real llm-compressor runs on them.
 
 llm-compressor is imported inside the functions that need it: seconds, which tests that
 do not compress should not wait for.
@@ -36,47 +36,58 @@ FOUR_BITS: dict[str, Any] = {
 }
 
 
-def save_llama(
+def save_llama(folder: Path, **kwargs: Any) -> Path:
+    """Save a random Llama, see :func:`save_tiny`."""
+    return save_tiny(folder, "llama", **kwargs)
+
+
+def save_tiny(
     folder: Path,
+    model_type: str,
     *,
     num_layers: int = 4,
     hidden_size: int = 32,
+    num_key_value_heads: int = 2,
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Path:
     """
-    Save a random Llama, since oneshot() wants a model that comes from a directory.
+    Save a random model, since oneshot() wants a model that comes from a directory.
 
     The weights are large enough for attention to look around and for logits to differ,
     the norms' weights are random, so that folding one away or keeping it is visible.
 
     :param folder: where to; must not exist
+    :param model_type: its family, a key of ``ARCHITECTURES``
     :param num_layers: decoder layers
     :param hidden_size: width, four heads of a quarter each
+    :param num_key_value_heads: 1, 2 or 4
     :param tied: whether embedding and head share their weight
     :param dtype: of the weights
     :param seed: of the weights
     :return: ``folder``
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    config = LlamaConfig(
+    config = CONFIG_MAPPING[model_type](
         vocab_size=VOCAB_SIZE,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=num_key_value_heads,
+        head_dim=hidden_size // 4,
         max_position_embeddings=MAX_LENGTH,
         initializer_range=1.2 * hidden_size**-0.5,
         tie_word_embeddings=tied,
         bos_token_id=None,
         eos_token_id=None,
+        pad_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
         for name, weight in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.normal_(weight, mean=1.0, std=0.3)
@@ -137,7 +148,10 @@ def demo_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerBase:
 
 
 def compress(
-    model: PreTrainedModel | str | Path, recipe: Any, rows: Dataset | None, **kwargs: Any
+    model: PreTrainedModel | str | Path,
+    recipe: Any,
+    rows: Dataset | None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """
     Run oneshot() and return its model.

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that may follow NBL in a recipe, on every kind of set of layers."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import nbl_modifier.hf
+from nbl_modifier import NBLModifier
+from nbl_modifier.hf.modeling_nbl import LinearizedAttention
+from tests.followers import (
+    FAMILIES,
+    FOLLOWERS,
+    LAYER_SETS,
+    Follower,
+    Kind,
+    TinyModels,
+)
+from tests.tiny_llama import compress, linearized, load, logits_of, tensors_in
+
+pytestmark = pytest.mark.usefixtures(
+    "one_thread", "pageable_cache", "old_garbage_frozen"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    One cell of the matrix.
+
+    :param family: model type
+    :param recipe: key of ``FOLLOWERS``, what comes after NBL
+    :param layers: the layers that NBL replaces
+    :param kind: what the linear layers read
+    """
+
+    family: str
+    recipe: str
+    layers: tuple[int, ...]
+    kind: Kind
+
+    def __str__(self) -> str:
+        layers = "".join(map(str, self.layers))
+        return f"{self.family}-{self.recipe}-{layers}-{self.kind}"
+
+
+CASES = [
+    Case(family, recipe, tuple(layers), kind)
+    for family, recipe, layers in itertools.product(FAMILIES, FOLLOWERS, LAYER_SETS)
+    # What a linear layer reads matters to what smooths its input, and hardly to others.
+    for kind in ("residual", "normalized")
+    if kind == "residual" or FOLLOWERS[recipe].smooths or layers == [1, 2]
+]
+
+
+@dataclass(frozen=True)
+class Composed:
+    """
+    A finished run.
+
+    :param case: what was run
+    :param model: in memory
+    :param folder: saved
+    :param removed: the attention modules that were replaced
+    """
+
+    case: Case
+    model: PreTrainedModel
+    folder: Path
+    removed: list[weakref.ref[nn.Module]]
+
+    @property
+    def follower(self) -> Follower:
+        return FOLLOWERS[self.case.recipe]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def composed(
+    request: pytest.FixtureRequest,
+    tiny_models: TinyModels,
+    rows: Dataset,
+    one_thread: None,
+    pageable_cache: None,
+    old_garbage_frozen: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Composed:
+    gc.freeze()  # also what the cases before left, AutoRound most of all
+    case: Case = request.param
+    follower = FOLLOWERS[case.recipe]
+    model = load(tiny_models(case.family, follower.dtype))
+    removed = [weakref.ref(model.model.layers[i].self_attn) for i in case.layers]
+    recipe = [NBLModifier(layers=list(case.layers), input=case.kind), *follower.make()]
+    folder = tmp_path_factory.mktemp("composed") / "out"
+    compress(model, recipe, rows, output_dir=str(folder))
+    return Composed(case, model, folder, removed)
+
+
+def is_2_to_4_sparse(weight: torch.Tensor) -> bool:
+    return bool((weight.reshape(-1, 4).count_nonzero(dim=1) <= 2).all())
+
+
+def test_every_linear_is_compressed(composed: Composed) -> None:
+    assert linearized(composed.model) == list(composed.case.layers)
+    for name, module in composed.model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        done = (
+            is_2_to_4_sparse(module.weight)
+            if composed.follower.prunes
+            else hasattr(module, "quantization_scheme")
+        )
+        assert done == (name != "lm_head"), name
+
+
+def test_saved_tensors(composed: Composed) -> None:
+    """A new linear layer is stored as its neighbours are, and nothing else is left."""
+    names = tensors_in(composed.folder).keys()
+
+    def stored(module: str) -> set[str]:
+        prefix = f"model.layers.{composed.case.layers[0]}.{module}."
+        return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+    as_others = stored("mlp.up_proj")
+    assert ("weight" in as_others and len(as_others) == 1) == composed.follower.prunes
+    assert stored("self_attn.linear") == as_others | {"bias"}
+    assert {name.partition(".")[0] for name in stored("self_attn")} == {"linear"}
+    assert bool(stored("input_layernorm")) == (composed.case.kind == "normalized")
+
+
+def test_reloads_as_it_is_in_memory(composed: Composed) -> None:
+    nbl_modifier.hf.register()
+    reloaded, info = AutoModelForCausalLM.from_pretrained(
+        composed.folder, dtype="auto", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert linearized(reloaded) == list(composed.case.layers)
+    assert torch.equal(logits_of(reloaded), logits_of(composed.model))
+
+
+def test_removed_attention_is_freed(composed: Composed) -> None:
+    gc.collect()
+    assert [ref() for ref in composed.removed] == [None] * len(composed.removed)
+
+
+def test_nothing_of_the_run_stays_on_the_model(composed: Composed) -> None:
+    for name, module in composed.model.named_modules():
+        # the hook of a quantized KV cache is there to stay, on what has one
+        if not hasattr(module, "kv_cache"):
+            assert not module._forward_hooks, name
+            assert not module._forward_pre_hooks, name
+        if isinstance(module, LinearizedAttention):
+            assert list(dict(module.named_children())) == ["linear"]
+
+
+def test_kv_cache_scales_are_those_of_kept_layers(
+    tiny_models: TinyModels, rows: Dataset, tmp_path: Path
+) -> None:
+    model = load(tiny_models("llama"))
+    recipe: list[Any] = [
+        NBLModifier(layers=[0, 2]),
+        *FOLLOWERS["fp8_kv_cache"].make(),
+    ]
+    compress(model, recipe, rows, output_dir=str(tmp_path / "out"))
+    scales = {name for name in tensors_in(tmp_path / "out") if "_scale" in name}
+    assert {
+        name for name in scales if name.split(".")[-1] in ("k_scale", "v_scale")
+    } == {
+        f"model.layers.{index}.self_attn.{letter}_scale"
+        for index in (1, 3)
+        for letter in "kv"
+    }
