@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from compressed_tensors.distributed import is_source_process
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import Event, State, active_session
@@ -17,7 +18,7 @@ from llmcompressor.transformers.compression.compressed_tensors_utils import (
 )
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
@@ -34,7 +35,12 @@ from .report.tables import ranking_table
 from .selection import choose_layers
 from .smoothing import MixedModel
 from .surgery import replace_attention
-from .upstream import keep_causal_mask, release_causal_mask, running_oneshot
+from .upstream import (
+    keep_causal_mask,
+    release_causal_mask,
+    rewind_generator,
+    running_oneshot,
+)
 
 __all__ = ["NBLModifier"]
 
@@ -97,6 +103,7 @@ class NBLModifier(Modifier):
     _followers: Followers | None = PrivateAttr(default=None)
     _dataset_args: DatasetArguments | None = PrivateAttr(default=None)
     _propagate_error: bool = PrivateAttr(default=True)
+    _generator_state: Tensor = PrivateAttr()
     _num_samples: int = PrivateAttr(default=0)
     _calibration: Calibration | None = PrivateAttr(default=None)
     _report: NBLReport | None = PrivateAttr(default=None)
@@ -181,6 +188,9 @@ class NBLModifier(Modifier):
             # the argument layer by layer; on_calibration_end restores it.
             self._propagate_error = self._dataset_args.propagate_error
             self._dataset_args.propagate_error = False
+        # The pipeline draws this pass's samples next. Later passes draw what they would
+        # have drawn: on_calibration_end puts the generator back.
+        self._generator_state = rewind_generator()
         layers = decoder_layers(state.model, self._architecture)
         attentions = {
             index: layers[index].get_submodule(self._architecture.attention)
@@ -221,6 +231,7 @@ class NBLModifier(Modifier):
         :raises RuntimeError: if a layer was never reached by calibration data
         """
         self.remove_hooks()
+        torch.random.set_rng_state(self._generator_state)
         if self._dataset_args is not None:
             self._dataset_args.propagate_error = self._propagate_error
         calibration, self._calibration = self._calibration, None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture, architecture_of
 from .hf.modeling_nbl import decoder_layers
+from .upstream import rewind_generator
 
 __all__ = [
     "candidate_layers",
@@ -109,6 +110,7 @@ def check_calibration_data(batches: Iterable[Any] | None, hidden_size: int) -> i
     # Iterating a shuffled loader draws from torch's generator; without the fork the
     # data of every later pass would depend on this check.
     with torch.random.fork_rng(devices=[]):
+        rewind_generator()  # the samples that the calibration pass will draw
         for batch in batches:
             mask = batch.get("attention_mask")
             num_samples += batch["input_ids"].shape[0]

@@ -7,12 +7,19 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
+from torch import Tensor
 from torch.fx.node import Argument
 from transformers import PretrainedConfig
 
-__all__ = ["keep_causal_mask", "release_causal_mask", "running_oneshot"]
+__all__ = [
+    "keep_causal_mask",
+    "release_causal_mask",
+    "rewind_generator",
+    "running_oneshot",
+]
 
 
 def running_oneshot() -> Oneshot | None:
@@ -45,21 +52,37 @@ def keep_causal_mask() -> None:
     ``create_causal_mask``): every token sees the future, and all that is calibrated is
     calibrated on other activations than the model's.
     """
-    SequentialTracer.create_arg = _create_arg
+    SequentialTracer.create_arg = _create_arg  # type: ignore[method-assign]
 
 
 def release_causal_mask() -> None:
     """Undo :func:`keep_causal_mask`."""
     if SequentialTracer.create_arg is _create_arg:
-        SequentialTracer.create_arg = _upstream_create_arg
+        SequentialTracer.create_arg = _upstream  # type: ignore[method-assign]
 
 
-_upstream_create_arg = SequentialTracer.create_arg
+_upstream = SequentialTracer.create_arg
 
 
 def _create_arg(self: SequentialTracer, a: Any) -> Argument:
     if not isinstance(a, PretrainedConfig):
-        return _upstream_create_arg(self, a)
+        return _upstream(self, a)
     fields = {name: self.create_arg(value) for name, value in a.to_dict().items()}
     fields["attn_implementation"] = a._attn_implementation
     return self.create_node("call_function", a.__class__, (), fields)
+
+
+def rewind_generator() -> Tensor:
+    """
+    Start torch's CPU generator again from its seed; return its state until now.
+
+    Which samples a shuffled calibration set consists of, and in which order, is drawn
+    anew for every pass, from a generator that nobody seeds (llmcompressor 0.14.0.1,
+    datasets/utils.py, ``_make_sampler``: ``RandomSampler`` without ``generator``). NBL
+    would measure other samples, and linearize other layers, depending on what was drawn
+    in the process before. From here on the draws depend on the seed alone: the user's,
+    if ``torch.manual_seed`` was called, otherwise torch's own, which is fixed.
+    """
+    state = torch.random.get_rng_state()
+    torch.random.default_generator.manual_seed(torch.initial_seed())
+    return state

@@ -37,11 +37,12 @@ _FP8_KV_CACHE = {
 }
 
 
-def _quantizer(kind: type[Modifier], scheme: str, **fields: Any) -> Modifier:
+def quantizer(kind: type[Any], scheme: str, **fields: Any) -> Modifier:
+    """Return a quantizer of every Linear but the head."""
     return kind(scheme=scheme, targets=["Linear"], ignore=["lm_head"], **fields)
 
 
-def _pruner(kind: type[Modifier]) -> Modifier:
+def _pruner(kind: type[Any]) -> Modifier:
     return kind(
         sparsity=0.5,
         mask_structure="2:4",
@@ -72,22 +73,22 @@ def _smoothquant() -> Modifier:
 
 
 FOLLOWERS = {
-    "gptq": Follower(lambda: [_quantizer(GPTQModifier, "W4A16")]),
-    "w4a16": Follower(lambda: [_quantizer(QuantizationModifier, "W4A16")]),
-    "w8a8": Follower(lambda: [_quantizer(QuantizationModifier, "W8A8")]),
-    "fp8_dynamic": Follower(lambda: [_quantizer(QuantizationModifier, "FP8_DYNAMIC")]),
-    "fp8": Follower(lambda: [_quantizer(QuantizationModifier, "FP8")]),
-    "fp8_block": Follower(lambda: [_quantizer(QuantizationModifier, "FP8_BLOCK")]),
+    "gptq": Follower(lambda: [quantizer(GPTQModifier, "W4A16")]),
+    "w4a16": Follower(lambda: [quantizer(QuantizationModifier, "W4A16")]),
+    "w8a8": Follower(lambda: [quantizer(QuantizationModifier, "W8A8")]),
+    "fp8_dynamic": Follower(lambda: [quantizer(QuantizationModifier, "FP8_DYNAMIC")]),
+    "fp8": Follower(lambda: [quantizer(QuantizationModifier, "FP8")]),
+    "fp8_block": Follower(lambda: [quantizer(QuantizationModifier, "FP8_BLOCK")]),
     # These two formats decompress to bfloat16 whatever the model was.
     "nvfp4a16": Follower(
-        lambda: [_quantizer(QuantizationModifier, "NVFP4A16")], torch.bfloat16
+        lambda: [quantizer(QuantizationModifier, "NVFP4A16")], torch.bfloat16
     ),
     "mxfp4": Follower(
-        lambda: [_quantizer(QuantizationModifier, "MXFP4")], torch.bfloat16
+        lambda: [quantizer(QuantizationModifier, "MXFP4")], torch.bfloat16
     ),
     "fp8_kv_cache": Follower(
         lambda: [
-            _quantizer(
+            quantizer(
                 QuantizationModifier,
                 "FP8_DYNAMIC",
                 kv_cache_scheme=copy.deepcopy(_FP8_KV_CACHE),
@@ -97,21 +98,21 @@ FOLLOWERS = {
     "awq": Follower(
         lambda: [
             AWQModifier(n_grid=4),
-            _quantizer(QuantizationModifier, "W4A16_ASYM"),
+            quantizer(QuantizationModifier, "W4A16_ASYM"),
         ],
         smooths=True,
     ),
     "smoothquant_w8a8": Follower(
-        lambda: [_smoothquant(), _quantizer(QuantizationModifier, "W8A8")],
+        lambda: [_smoothquant(), quantizer(QuantizationModifier, "W8A8")],
         smooths=True,
     ),
     "smoothquant_gptq": Follower(
-        lambda: [_smoothquant(), _quantizer(GPTQModifier, "W8A8")]
+        lambda: [_smoothquant(), quantizer(GPTQModifier, "W8A8")]
     ),
     # AutoRound computes in bfloat16 on CPUs, whatever the model is.
     "autoround": Follower(
         lambda: [
-            _quantizer(AutoRoundModifier, "W4A16", iters=2, enable_torch_compile=False)
+            quantizer(AutoRoundModifier, "W4A16", iters=2, enable_torch_compile=False)
         ],
         torch.bfloat16,
     ),
@@ -124,7 +125,7 @@ def quip() -> list[Modifier]:
     """Return QuIP's rotations and 4 bits."""
     return [
         QuIPModifier(rotations=["v", "u"], transform_type="random-hadamard"),
-        _quantizer(QuantizationModifier, "W4A16"),
+        quantizer(QuantizationModifier, "W4A16"),
     ]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import (
+    ConstantPruningModifier,
+    MagnitudePruningModifier,
+)
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -26,6 +36,8 @@ from tests.followers import (
     Follower,
     Kind,
     TinyModels,
+    quantizer,
+    quip,
 )
 from tests.tiny_llama import compress, linearized, load, logits_of, tensors_in
 
@@ -100,10 +112,18 @@ def composed(
     follower = FOLLOWERS[case.recipe]
     model = load(tiny_models(case.family, follower.dtype))
     removed = [weakref.ref(model.model.layers[i].self_attn) for i in case.layers]
-    recipe = [NBLModifier(layers=list(case.layers), input=case.kind), *follower.make()]
+    nbl = NBLModifier(layers=list(case.layers), input=case.kind)
+    recipe = [nbl, *follower.make()]
     folder = tmp_path_factory.mktemp("composed") / "out"
     compress(model, recipe, rows, output_dir=str(folder))
     return Composed(case, model, folder, removed)
+
+
+def load_with_info(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
+    return loaded
 
 
 def is_2_to_4_sparse(weight: torch.Tensor) -> bool:
@@ -140,9 +160,7 @@ def test_saved_tensors(composed: Composed) -> None:
 
 def test_reloads_as_it_is_in_memory(composed: Composed) -> None:
     nbl_modifier.hf.register()
-    reloaded, info = AutoModelForCausalLM.from_pretrained(
-        composed.folder, dtype="auto", output_loading_info=True
-    )
+    reloaded, info = load_with_info(composed.folder)
     assert not any(info.values()), info
     assert linearized(reloaded) == list(composed.case.layers)
     assert torch.equal(logits_of(reloaded), logits_of(composed.model))
@@ -180,3 +198,115 @@ def test_kv_cache_scales_are_those_of_kept_layers(
         for index in (1, 3)
         for letter in "kv"
     }
+
+
+def test_quip_loads_as_it_does_without_nbl(
+    tiny_models: TinyModels, rows: Dataset, tmp_path: Path
+) -> None:
+    """
+    transformers 5.17 does not build the rotations that QuIP saves, NBL or not.
+
+    So its checkpoints reload with unexpected keys and other logits; vLLM reads them.
+    """
+    nbl_modifier.hf.register()
+    unexpected = []
+    for number, recipe in enumerate((quip(), [NBLModifier(layers=[1]), *quip()])):
+        folder = tmp_path / str(number)
+        compress(load(tiny_models("llama")), recipe, rows, output_dir=str(folder))
+        _, info = load_with_info(folder)
+        keys = info.pop("unexpected_keys")
+        unexpected.append({name.split(".")[-2] for name in keys})
+        assert not any(info.values())
+    assert unexpected == [{"u_output", "v_input"}] * 2
+
+
+# --- what cannot be composed ----------------------------------------------------------
+
+
+def w4a16() -> Modifier:
+    return quantizer(QuantizationModifier, "W4A16")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            lambda: [quantizer(GPTQModifier, "W4A16"), NBLModifier(num_layers=1)],
+            "GPTQModifier comes before NBLModifier.*Put NBLModifier first",
+        ),
+        (
+            lambda: [w4a16(), NBLModifier(num_layers=1)],
+            "QuantizationModifier comes before NBLModifier",
+        ),
+        (
+            lambda: [NBLModifier(num_layers=1), NBLModifier(num_layers=2)],
+            "two NBLModifiers.*Use one",
+        ),
+        (
+            lambda: [NBLModifier(num_layers=1), SpinQuantModifier(), w4a16()],
+            "SpinQuantModifier cannot follow NBLModifier: it centers the embeddings",
+        ),
+        (
+            lambda: [
+                NBLModifier(num_layers=1),
+                MagnitudePruningModifier(
+                    targets=["re:.*weight"], init_sparsity=0.0, final_sparsity=0.5
+                ),
+            ],
+            "MagnitudePruningModifier cannot follow NBLModifier",
+        ),
+        (
+            lambda: [
+                NBLModifier(num_layers=1),
+                ConstantPruningModifier(targets=["re:.*weight"]),
+            ],
+            "ConstantPruningModifier cannot follow NBLModifier",
+        ),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(
+    llama: Path, rows: Dataset, recipe: Callable[[], list[Modifier]], message: str
+) -> None:
+    model = load(llama)
+    before = logits_of(model)
+    with pytest.raises(ValueError, match=message):
+        compress(model, recipe(), rows)
+    assert linearized(model) == []
+    assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("pipeline", ["sequential", "basic", None])
+@pytest.mark.parametrize("follower", ["gptq", "smoothquant_w8a8", "sparsegpt"])
+def test_shared_pass_is_refused(
+    llama: Path, rows: Dataset, pipeline: str | None, follower: str
+) -> None:
+    recipe = [NBLModifier(num_layers=1), *FOLLOWERS[follower].make()]
+    with pytest.raises(
+        ValueError, match="shares its calibration pass with .*independent"
+    ):
+        compress(load(llama), recipe, rows, pipeline=pipeline)
+
+
+def test_missing_calibration_data_is_refused(llama: Path) -> None:
+    recipe = [NBLModifier(num_layers=1), w4a16()]
+    with pytest.raises(ValueError, match=r"needs calibration data.*Pass dataset="):
+        compress(load(llama), recipe, None)
+    with pytest.raises(ValueError, match="datafree"):
+        compress(load(llama), recipe, None, pipeline="datafree")
+
+
+def test_smoothing_before_nbl(llama: Path, rows: Dataset) -> None:
+    """What does not quantize may come first: NBL measures the model it leaves."""
+    model = compress(
+        load(llama),
+        [
+            SmoothQuantModifier(smoothing_strength=0.8),
+            NBLModifier(layers=[0, 2]),
+            quantizer(QuantizationModifier, "W8A8"),
+        ],
+        rows,
+    )
+    assert linearized(model) == [0, 2]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            assert hasattr(module, "quantization_scheme"), name

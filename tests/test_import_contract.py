@@ -54,7 +54,7 @@ LAYERS = {
         ours="architectures", packages="llmcompressor compressed_tensors torch"
     ),
     "preflight": Layer(
-        ours="hf architectures",
+        ours="upstream hf architectures",
         packages="compressed_tensors loguru torch transformers",
     ),
     "surgery": Layer(ours="hf architectures", packages="compressed_tensors torch"),

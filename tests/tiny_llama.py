@@ -70,7 +70,8 @@ def save_tiny(
     """
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    config = CONFIG_MAPPING[model_type](
+    config_class: Any = CONFIG_MAPPING[model_type]
+    config = config_class(
         vocab_size=VOCAB_SIZE,
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
