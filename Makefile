@@ -26,6 +26,9 @@ export PIP_REQUIRE_VIRTUALENV := 1
 # Nothing here needs the network once the environments exist.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Small models on many threads spend their time waiting for each other, and all of it
+# when several processes do so at once.
+export OMP_NUM_THREADS ?= 2
 # vLLM: its compiled artefacts stay in the project, 1 GiB of KV cache is plenty for
 # the demo model, and no core is claimed that another process may be using.
 export VLLM_CACHE_ROOT ?= $(abspath $(CACHE_DIR)/vllm)

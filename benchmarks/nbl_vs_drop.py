@@ -12,7 +12,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -25,6 +25,7 @@ from nbl_modifier.data import pack, stdlib_texts
 from nbl_modifier.evaluation import PerplexityResult, perplexity
 from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
 
+Criterion = Literal["cca_bound", "nmse"]
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "pycode-4m"
 
 
@@ -49,7 +50,10 @@ def drop_attention(model: PreTrainedModel, layers: list[int]) -> None:
 
 
 def linearize(
-    args: argparse.Namespace, criterion: str, tokenizer: Any, calibration: Dataset
+    args: argparse.Namespace,
+    criterion: Criterion,
+    tokenizer: Any,
+    calibration: Dataset,
 ) -> tuple[PreTrainedModel, list[int]]:
     """Return the model after NBL, and the layers it chose."""
     torch.manual_seed(0)
@@ -58,7 +62,7 @@ def linearize(
             model=load(args.model),
             processor=tokenizer,
             dataset=calibration,
-            recipe=[NBLModifier(num_layers=args.num_layers, criterion=criterion)],
+            recipe=NBLModifier(num_layers=args.num_layers, criterion=criterion),
             output_dir=folder,
             num_calibration_samples=len(calibration),
             shuffle_calibration_samples=False,
@@ -93,7 +97,8 @@ def main() -> int:
 
     base = perplexity(load(args.model), heldout, args.batch_size)
     rows = [("base", base)]
-    for criterion in ("cca_bound", "nmse"):
+    criteria: tuple[Criterion, ...] = ("cca_bound", "nmse")
+    for criterion in criteria:
         model, layers = linearize(args, criterion, tokenizer, calibration)
         rows += [(f"NBL  {criterion} {layers}", perplexity(model, heldout))]
         dropped = load(args.model)

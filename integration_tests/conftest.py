@@ -83,5 +83,23 @@ def served(
 
 @pytest.fixture(scope="session")
 def base(engine: Callable[..., Served]) -> Callable[[str], Served]:
-    """Return a function that runs the demo model itself in vLLM, given the dtype."""
+    """
+    Return a function that runs the demo model itself in vLLM, given the dtype.
+
+    Eagerly and in the worker's process also where a row is not: on the CPU neither
+    changes the memory for the KV cache, VLLM_CPU_KVCACHE_SPACE.
+    """
     return lambda dtype: engine(MODEL, engine={"dtype": dtype})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures that tests recorded, so that a log shows how close it was."""
+    reports = terminalreporter.getreports("passed") + terminalreporter.getreports(
+        "failed"
+    )
+    measured = [report for report in reports if report.user_properties]
+    if measured:
+        terminalreporter.section("measured")
+    for report in measured:
+        figures = ", ".join(f"{name} {value}" for name, value in report.user_properties)
+        terminalreporter.write_line(f"{report.nodeid.partition('::')[2]}: {figures}")

@@ -30,7 +30,7 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 
 MAX_TOKENS = 32
 SHORTEST_PROMPT, LONGEST_PROMPT, NUM_PROMPTS = 5, 130, 20
-# Twice what the slowest engine takes on two busy cores.
+# Several times what the slowest engine takes on two busy cores.
 ENGINE_TIMEOUT_SECONDS = 300
 # In every engine unless a row says otherwise. Longest prompt and answer fit.
 ENGINE_DEFAULTS = {"enforce_eager": True, "max_model_len": 512}
@@ -201,7 +201,8 @@ def logprobs(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
 
 def serve_python() -> str:
     """Return the interpreter of the serve environment, or fail with the remedy."""
-    python = Path(os.environ.get("NBL_SERVE_PYTHON", ROOT / ".venv/serve/bin/python"))
+    default = ROOT / ".venv" / "serve" / "bin" / "python"
+    python = Path(os.environ.get("NBL_SERVE_PYTHON") or default)
     if not python.exists():
         pytest.fail(
             f"the serve environment has no interpreter {python}. Run: make env-serve, "
@@ -258,6 +259,11 @@ def run_worker(
         )
         try:
             process.wait(ENGINE_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            pytest.fail(
+                f"vLLM took more than {ENGINE_TIMEOUT_SECONDS} s:\n{tail(log)}",
+                pytrace=False,
+            )
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,12 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     """
     Return what one engine did with ``job``, both as described above.
 
-    :raises importlib.metadata.PackageNotFoundError: if the plugin is not installed
+    Exits if the plugin is not installed: vLLM would refuse the checkpoint, rightly.
     """
-    version("nbl-modifier")
+    try:
+        version("nbl-modifier")
+    except PackageNotFoundError:
+        sys.exit(f"{sys.executable} has no nbl-modifier. Run: make env-serve")
     if job["in_process"]:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if job["sabotage"] is not None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Before transformers is imported: tests use the bundled model, never the hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# scipy's, in which the oracles compute on small matrices: see one_thread below.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # No deadline: the first example pays for imports and thread pools. Derandomized: a
 # failure in CI is the same failure on a desk.

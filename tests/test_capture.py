@@ -121,7 +121,7 @@ def rows_of(index: int, data: list[tuple[Tensor, ...]]) -> np.ndarray:
     return torch.cat([batch[index][batch[3]] for batch in data]).double().numpy()
 
 
-def assert_moments(stats: CovarianceStats, X: np.ndarray, Y: np.ndarray) -> None:  # noqa: N803
+def assert_moments(stats: CovarianceStats, X: np.ndarray, Y: np.ndarray) -> None:
     expected = oracle.moments(X, Y)
     assert stats.num_tokens == len(X)
     for name in ("mean_x", "mean_y", "cov_xx", "cov_yx", "cov_yy"):
@@ -145,11 +145,14 @@ def test_statistics_equal_the_batch_computation(
     statistics = LayerStatistics(NAME, WIDTH, normalized, torch.device("cpu"))
     for batch in data:
         statistics.update(*batch)
-    R, X, A = (rows_of(index, data) for index in range(3))  # noqa: N806
+    R, X, A = (rows_of(index, data) for index in range(3))
     assert statistics.num_tokens == len(R)
-    fit, bound = statistics.finalize()
-    assert_moments(fit, X if normalized else R, A)
-    assert_moments(bound, R, R + A)
+    of_residual, of_normalized = statistics.finalize()
+    assert_moments(of_residual, R, A)
+    if of_normalized is None:
+        assert not normalized
+    else:
+        assert_moments(of_normalized, X, A)
 
 
 def test_masked_rows_have_no_influence() -> None:

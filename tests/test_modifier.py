@@ -42,6 +42,7 @@ from tests.tiny_llama import (
     load_on_disk,
     logits_of,
     ragged_rows,
+    save_llama,
     tensors_in,
     token_rows,
 )
@@ -287,7 +288,7 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {
         name: parameter.detach().clone()
         for name, parameter in model.named_parameters()
-        if ".self_attn.linear." in name
+        if name.endswith((".self_attn.linear.weight", ".self_attn.linear.bias"))
     }
 
 
@@ -314,7 +315,9 @@ def test_all_forms_of_a_recipe_do_the_same(
         assert_same_weights(compress(load(llama), recipe, rows), expected)
 
 
-def test_saved_recipe_replays(llama: Path, rows: Dataset, tmp_path: Path) -> None:
+def test_saved_recipe_replays(rows: Dataset, tmp_path: Path) -> None:
+    # W4A16 has groups of 128 weights
+    llama = save_llama(tmp_path / "model", num_layers=3, hidden_size=128)
     recipe = [
         NBLModifier(
             num_layers=2,
@@ -324,7 +327,7 @@ def test_saved_recipe_replays(llama: Path, rows: Dataset, tmp_path: Path) -> Non
             input="normalized",
             dampening_frac=0.01,
         ),
-        gptq(),
+        GPTQModifier(scheme="W4A16", targets=["Linear"], ignore=["lm_head"]),
     ]
     compress(load(llama), recipe, rows, output_dir=str(tmp_path / "first"))
     saved = tmp_path / "first" / "recipe.yaml"
@@ -368,10 +371,10 @@ def test_padding_does_not_count(llama: Path, side: str, kind: Kind) -> None:
     assert report.num_tokens == sum(LENGTHS)
     expected = weights(single)
     for name, tensor in weights(batched).items():
-        # Left padding shifts positions: rotary angles and with them activations
-        # differ by float32 rounding, 1e-6 as measured, times sqrt(cond(C_xx)) = 30.
+        # Left padding shifts positions, and rotary angles and activations with them by
+        # float32 rounding: 4e-7 in W as measured. Were padding counted, above 1e-2.
         error = torch.linalg.norm(tensor - expected[name])
-        assert error <= 3e-5 * torch.linalg.norm(expected[name]), name
+        assert error <= 5e-6 * torch.linalg.norm(expected[name]), name
 
 
 def test_tokens_outside_the_loss_do_not_count(llama: Path, rows: Dataset) -> None:
@@ -526,16 +529,17 @@ def test_model_that_is_mostly_on_disk(
 
     expected, _ = run(llama, modifiers(), rows)
     model = load_on_disk(llama, tmp_path / "offload")
-    out = tmp_path / "out"
-    compress(model, modifiers(), rows, output_dir=str(out))
+    compress(model, modifiers(), rows)
     for index in (1, 3):
         linear = model.model.layers[index].self_attn.linear
         assert isinstance(linear._parameters, DiskCache)
         with disable_onloading():
             assert linear.weight.device.type == "meta"
     assert_same_weights(model, expected)
+    logits = logits_of(model)
+    model.save_pretrained(tmp_path / "out")
     nbl_modifier.hf.register()
-    assert torch.equal(logits_of(load(out)), logits_of(model))
+    assert torch.equal(logits_of(load(tmp_path / "out")), logits)
 
 
 # --- with a quantizer -----------------------------------------------------------------
@@ -545,7 +549,12 @@ def test_model_that_is_mostly_on_disk(
 def warnings_of() -> Iterator[list[str]]:
     """Collect what is logged at level WARNING or above."""
     messages: list[str] = []
-    sink = logger.add(lambda message: messages.append(str(message)), level="WARNING")
+    sink = logger.add(
+        lambda message: messages.append(str(message)),
+        level="WARNING",
+        # llm-compressor's own level for figures, above warnings
+        filter=lambda record: record["level"].name != "METRIC",
+    )
     try:
         yield messages
     finally:
@@ -625,18 +634,20 @@ def test_model_of_a_failed_run_is_saved_as_what_it_is(
             rows,
             output_dir=str(tmp_path / "never"),
         )
-    assert not (tmp_path / "never").exists()
-    model.save_pretrained(tmp_path / "out", save_compressed=False)
+    assert list(tmp_path.iterdir()) == []
+    for name, options in (("dense", {"save_compressed": False}), ("quantized", {})):
+        model.save_pretrained(tmp_path / name, **options)
+        assert (tmp_path / name / "nbl_report.json").exists()
     nbl_modifier.hf.register()
-    saved = load(tmp_path / "out")
+    saved = load(tmp_path / "quantized")
     assert type(saved).__name__ == "NBLLlamaForCausalLM"
     assert linearized(saved) == [1]
-    assert (tmp_path / "out" / "nbl_report.json").exists()
-    # Without the quantizer's arithmetic, which had begun: the weights themselves.
-    ours, theirs = model.state_dict(), saved.state_dict()
-    for name in theirs:
-        if "weight" in name.split(".")[-1:] or name.endswith("bias"):
-            assert torch.equal(ours[name], theirs[name]), name
+    # The scales of layers that GPTQ did not reach are anything; the dense checkpoint
+    # holds the weights that quantization began on.
+    expected, _ = run(llama, NBLModifier(layers=[1]), rows)
+    tensors = tensors_in(tmp_path / "dense")
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(tensors[name], tensor), name
 
 
 def test_next_run_after_a_failed_one(llama: Path, rows: Dataset) -> None:

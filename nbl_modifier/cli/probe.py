@@ -60,13 +60,10 @@ def _uncalibrated_disabled(model: torch.nn.Module) -> Iterator[None]:
     of other modifiers end by enabling all of them (llmcompressor 0.14.0.1,
     utils/helpers.py, ``DisableQuantization``), with scales that hold anything yet.
     """
-    from compressed_tensors.quantization import QuantizationStatus
-
-    waiting = [
+    waiting: list[Any] = [
         module
         for module in model.modules()
-        if getattr(module, "quantization_status", None)
-        == QuantizationStatus.INITIALIZED
+        if getattr(module, "quantization_status", None) == "initialized"
     ]
     enabled = [getattr(module, "quantization_enabled", True) for module in waiting]
     for module in waiting:

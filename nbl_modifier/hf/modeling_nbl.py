@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 
 from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture_of
 
@@ -66,11 +66,17 @@ def _advance(cache: Cache, layer_idx: int, hidden_states: torch.Tensor) -> None:
     (layer 0, or the first of its kind), so a replaced layer must count too. It stores
     one zero per token for key and for value: a head size of 0 would be free, but
     ``DynamicLayer.get_seq_length`` (transformers 5.17, cache_utils.py) reports length 0
-    for an empty tensor.
+    for an empty tensor. A static cache that was allocated in advance has attention's
+    shape in every layer.
     """
     batch, tokens = hidden_states.shape[:2]
-    entry = hidden_states.new_zeros(batch, 1, tokens, 1)
-    cache.update(entry, entry, layer_idx)
+    heads = key_size = value_size = 1
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if isinstance(layer, StaticLayer) and layer.is_initialized:
+        heads, key_size, value_size = layer.num_heads, layer.k_head_dim, layer.v_head_dim
+    key = hidden_states.new_zeros(batch, heads, tokens, key_size)
+    value = hidden_states.new_zeros(batch, heads, tokens, value_size)
+    cache.update(key, value, layer_idx)
 
 
 def decoder_layers(model: nn.Module, architecture: Architecture) -> nn.ModuleList:

@@ -70,7 +70,7 @@ class NBLReport:
     :param recipe: the recipe as YAML text, if known
     :param versions: package name to version
     :param created: UTC time, ISO 8601
-    :param evaluation: figure name to value, such as ``perplexity_base``
+    :param evaluation: figure name to value, such as ``perplexity base``
     """
 
     format_version: int

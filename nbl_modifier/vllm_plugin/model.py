@@ -200,9 +200,9 @@ def _check_stages(linearized: Iterable[int], vllm_config: VllmConfig) -> None:
     else:
         remedy = (
             f"Layers with attention are {sorted(set(range(num_layers)) - linear)}: "
-            "give each stage one of them by setting VLLM_PP_LAYER_PARTITION, the number "
-            f"of layers of each stage, now {','.join(str(len(s)) for s in stages)}, or "
-            "use fewer stages."
+            "give each stage one of them by setting VLLM_PP_LAYER_PARTITION, the "
+            f"layers per stage, now {','.join(str(len(stage)) for stage in stages)}, "
+            "or use fewer stages."
         )
     raise ValueError(
         f"pipeline parallel size {num_stages}: each stage needs an attention layer, "

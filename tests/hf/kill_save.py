@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Kills a save at every file operation, and looks what the directories load as.
+
+Run by test_checkpoint.py in a process of its own: python kill_save.py MODEL FOLDER
+SCENARIO. Each save runs in a forked child that dies by os._exit(), without any cleanup,
+right before its n-th file operation below FOLDER, for n = 1, 2, ... until it finishes.
+Prints a JSON object.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+import torch
+from loguru import logger
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+import nbl_modifier.hf
+from nbl_modifier import NBLModifier
+from tests.tiny_llama import FOUR_BITS, compress, load, logits_of, token_rows
+
+OPERATIONS = {
+    "open",
+    "os.link",
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.symlink",
+    "os.truncate",
+    "shutil.rmtree",
+}
+KILLED = 17
+# transformers without nbl_modifier: prints for each path whether it loads.
+STOCK = """
+import sys
+from transformers import AutoModelForCausalLM
+for line in sys.stdin:
+    try:
+        AutoModelForCausalLM.from_pretrained(line.strip())
+        print("loads", flush=True)
+    except (OSError, ValueError, KeyError, RuntimeError):
+        print("refused", flush=True)
+"""
+
+
+def make_model(folder: Path, scenario: str, layers: list[int]) -> PreTrainedModel:
+    """Return a linearized model, quantized too in the scenario ``packed``."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    recipe: list[Any] = [NBLModifier(layers=layers)]
+    if scenario == "packed":
+        recipe.append(
+            GPTQModifier(
+                config_groups=FOUR_BITS, targets=["Linear"], ignore=["lm_head"]
+            )
+        )
+    return compress(load(folder), recipe, token_rows())
+
+
+def save_and_die(
+    model: PreTrainedModel, target: Path, operation: int, **kwargs: Any
+) -> bool:
+    """
+    Save in a child that is killed before its ``operation``-th file operation.
+
+    :return: whether it finished before
+    """
+    child = os.fork()
+    if child == 0:
+        watched, seen = str(target.parent), 0
+
+        def kill(event: str, args: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if event in OPERATIONS and watched in str(args):
+                seen += 1
+                if seen == operation:
+                    os._exit(KILLED)
+
+        sys.addaudithook(kill)
+        try:
+            model.save_pretrained(target, **kwargs)
+        finally:
+            os._exit(0 if sys.exception() is None else 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, KILLED):
+        raise RuntimeError(f"the save before operation {operation} failed: {code}")
+    return code == 0
+
+
+def directories(folder: Path) -> Iterator[Path]:
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            yield path
+
+
+def loaded_as(path: Path, known: dict[str, torch.Tensor]) -> str | None:
+    """Return which of the ``known`` models ``path`` loads as, None if it does not."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    except (OSError, ValueError, KeyError, RuntimeError):
+        return None
+    logits = logits_of(model)
+    for name, expected in known.items():
+        if torch.equal(logits, expected):
+            return name
+    return "something else"
+
+
+def ask(stock: "subprocess.Popen[str]", path: Path) -> str:
+    """Return what transformers without nbl_modifier says to ``path``."""
+    requests, answers = stock.stdin, stock.stdout
+    assert isinstance(requests, IO) or requests is not None
+    assert answers is not None
+    print(path, file=requests, flush=True)
+    return answers.readline().strip()
+
+
+def main(model_folder: Path, folder: Path, scenario: str) -> dict[str, Any]:
+    """Return how many kills there were, and what was loaded after them."""
+    model = make_model(model_folder, scenario, layers=[0, 2])
+    known = {"new": logits_of(model)}
+    template = folder / "template"
+    template.mkdir()
+    if scenario == "overwrite":
+        old = make_model(model_folder, scenario, layers=[1])
+        known["old"] = logits_of(old)
+        old.save_pretrained(template / "out", max_shard_size="20KB")
+    options = {"max_shard_size": "60KB"} if scenario == "overwrite" else {}
+    stock = subprocess.Popen(
+        [sys.executable, "-c", STOCK],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    wrong: list[str] = []
+    seen: set[str | None] = set()
+    kills, finished = 0, False
+    while not finished:
+        parent = folder / f"kill-{kills + 1}"
+        shutil.copytree(template, parent)
+        target = parent / "out"
+        finished = save_and_die(model, target, kills + 1, **options)
+        kills += not finished
+        for path in directories(parent):
+            found = loaded_as(path, known)
+            if found is not None and (path != target or found not in known):
+                wrong.append(f"{path} after {kills} operations: {found}")
+            if ask(stock, path) != "refused":
+                wrong.append(f"{path} after {kills} operations: loads in transformers")
+        seen.add(loaded_as(target, known))
+        last = loaded_as(target, known)
+        shutil.rmtree(parent)
+    stock.terminate()
+    return {"kills": kills, "wrong": wrong, "seen": list(seen), "finished": last}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # threads do not survive a fork
+    logger.remove()
+    logging.set_verbosity_error()
+    nbl_modifier.hf.register()
+    report = main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    print(json.dumps(report))  # noqa: T201  (to the test that started this)

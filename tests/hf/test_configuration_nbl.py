@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``nbl_config`` block: what it says, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+import nbl_modifier.hf
+from nbl_modifier.architectures import ARCHITECTURES
+from nbl_modifier.hf import configuration_nbl
+from nbl_modifier.hf.configuration_nbl import (
+    FORMAT_VERSION,
+    LinearizedLayer,
+    config_class,
+    nbl_config_block,
+)
+
+LLAMA = ARCHITECTURES["llama"]
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    nbl_modifier.hf.register()
+
+
+def make_config(**fields: Any) -> Any:
+    return config_class(LLAMA)(num_hidden_layers=12, hidden_size=32, **fields)
+
+
+def test_class_is_the_base_models_with_its_own_type() -> None:
+    config = make_config()
+    assert isinstance(config, LlamaConfig)
+    assert type(config).__name__ == "NBLLlamaConfig"
+    assert config.model_type == type(config).model_type == "nbl_llama"
+    assert config_class(LLAMA) is config_class(LLAMA)
+    assert configuration_nbl.NBLLlamaConfig is config_class(LLAMA)
+
+
+def test_unknown_class_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match="NBLGPT2Config"):
+        _ = configuration_nbl.NBLGPT2Config
+
+
+def test_block_names_layers_in_order() -> None:
+    block = nbl_config_block(
+        {10: LinearizedLayer("residual"), 2: LinearizedLayer("normalized")},
+        criterion="nmse",
+    )
+    assert block["version"] == FORMAT_VERSION
+    assert block["criterion"] == "nmse"
+    assert list(block["layers"]) == ["2", "10"]
+    assert block["layers"]["2"] == {
+        "input": "normalized",
+        "kind": "attention",
+        "method": "linear",
+    }
+
+
+def test_round_trip_through_disk(tmp_path: Path) -> None:
+    layers = {10: LinearizedLayer("residual"), 2: LinearizedLayer("normalized")}
+    make_config(nbl_config=nbl_config_block(layers)).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "nbl_llama"
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is config_class(LLAMA)
+    assert config.linearized_layers() == layers
+    assert list(config.linearized_layers()) == [2, 10]  # as numbers, not as text
+
+
+def test_registering_twice_is_fine() -> None:
+    nbl_modifier.hf.register()
+    assert AutoConfig.for_model("nbl_llama").model_type == "nbl_llama"
+
+
+def test_config_without_the_block_is_refused() -> None:
+    with pytest.raises(ValueError, match="no `nbl_config` block") as error:
+        make_config().linearized_layers()
+    assert "write it again" in str(error.value)
+
+
+def test_newer_format_is_refused() -> None:
+    block = nbl_config_block({}) | {"version": FORMAT_VERSION + 1}
+    with pytest.raises(ValueError, match="newer than") as error:
+        make_config(nbl_config=block).linearized_layers()
+    assert "pip install -U nbl-modifier" in str(error.value)
+
+
+@pytest.mark.parametrize("index", [12, -1])
+def test_layer_that_does_not_exist_is_refused(index: int) -> None:
+    block = nbl_config_block({0: LinearizedLayer("residual")})
+    block["layers"][str(index)] = block["layers"]["0"]
+    with pytest.raises(ValueError, match=rf"\[{index}\] do not exist") as error:
+        make_config(nbl_config=block).linearized_layers()
+    assert "0 to 11" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("input", "output"), ("kind", "mlp"), ("method", "polynomial")],
+)
+def test_unknown_kind_of_layer_is_refused(field: str, value: str) -> None:
+    block = nbl_config_block({0: LinearizedLayer("residual")})
+    block["layers"]["0"][field] = value
+    config = make_config(nbl_config=block)
+    with pytest.raises(ValueError, match=f"{field} must be one of") as error:
+        config.linearized_layers()
+    assert repr(value) in str(error.value)
+
+
+def test_base_class_is_untouched() -> None:
+    assert not hasattr(LlamaConfig(), "nbl_config")
+    assert isinstance(make_config(), PreTrainedConfig)
+    assert LlamaConfig().model_type == "llama"
