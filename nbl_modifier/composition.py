@@ -23,9 +23,10 @@ from llmcompressor.modifiers.quantization.quantization.mixin import Quantization
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
-from torch import nn
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
+from .hf.configuration_nbl import NBLConfigMixin
 from .smoothing import (
     MixedModel,
     refuse_class_names,
@@ -78,15 +79,18 @@ class Followers:
     """
 
     def __init__(
-        self, modifiers: Sequence[Modifier], model: nn.Module, kwargs: dict[str, Any]
+        self,
+        modifiers: Sequence[Modifier],
+        model: PreTrainedModel,
+        kwargs: dict[str, Any],
     ) -> None:
         self._modifiers = list(modifiers)
         self._kwargs = kwargs
-        self._user_mappings = [
-            (modifier, modifier.mappings)
+        self._user_mappings: dict[int, Any] = {
+            id(modifier): modifier.mappings
             for modifier in modifiers
             if isinstance(modifier, (AWQModifier, SmoothQuantModifier))
-        ]
+        }
         for modifier in modifiers:
             for kind, reason in _REFUSED.items():
                 if isinstance(modifier, kind):
@@ -94,8 +98,11 @@ class Followers:
                         f"{_name(modifier)} cannot follow NBLModifier: {reason}. "
                         "Remove it from the recipe."
                     )
-        for modifier, mappings in self._user_mappings:
+            mappings = self._user_mappings.get(id(modifier))
             refuse_class_names(_name(modifier), model, _mapping_targets(mappings))
+            if mappings is not None and isinstance(model.config, NBLConfigMixin):
+                # Linearized in an earlier run: stale from the beginning.
+                self._rewrite_mappings(modifier, MixedModel.of(model))
 
     def refresh(self, state: State, mixed: MixedModel) -> None:
         """
@@ -104,24 +111,29 @@ class Followers:
         ``on_initialize`` rather than ``initialize``, which refuses to run twice.
 
         :param state: the session's state
-        :param mixed: the linearized model, its class still that of the base model, by
-            which llm-compressor infers mappings
+        :param mixed: the linearized model
         """
         for modifier in self._modifiers:
-            if isinstance(modifier, AWQModifier):
-                # Resolved when its calibration starts; only the patterns are stale.
-                modifier.mappings = rewrite_awq(modifier.mappings or [], mixed)
-            elif isinstance(modifier, SmoothQuantModifier):
-                rewritten = rewrite_smoothquant(modifier.mappings or [], mixed)
-                modifier.mappings = list(rewritten)
-                modifier.on_initialize(state, **self._kwargs)
-            elif isinstance(modifier, (QuantizationMixin, SparsityModifierBase)):
+            self._rewrite_mappings(modifier, mixed)
+            # AWQ resolves its mappings when its calibration starts.
+            if isinstance(
+                modifier, (SmoothQuantModifier, QuantizationMixin, SparsityModifierBase)
+            ):
                 modifier.on_initialize(state, **self._kwargs)
 
     def restore_mappings(self) -> None:
         """Put back the user's mappings: ``recipe.yaml`` holds what can be replayed."""
-        for modifier, mappings in self._user_mappings:
-            modifier.mappings = mappings
+        for modifier in self._modifiers:
+            if isinstance(modifier, (AWQModifier, SmoothQuantModifier)):
+                modifier.mappings = self._user_mappings[id(modifier)]
+
+    def _rewrite_mappings(self, modifier: Modifier, mixed: MixedModel) -> None:
+        if isinstance(modifier, AWQModifier):
+            mappings = self._user_mappings[id(modifier)]
+            modifier.mappings = rewrite_awq(mappings, mixed)
+        elif isinstance(modifier, SmoothQuantModifier):
+            mappings = self._user_mappings[id(modifier)]
+            modifier.mappings = list(rewrite_smoothquant(mappings, mixed))
 
 
 def _mapping_targets(mappings: Sequence[Any] | None) -> list[str]:

@@ -5,35 +5,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from compressed_tensors.distributed import is_source_process
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier, ModifierFactory
-from llmcompressor.transformers.compression.compressed_tensors_utils import (
-    modify_save_pretrained,
-)
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from . import saving, smoothing
 from .architectures import Architecture
 from .calibration import Calibration
 from .composition import Followers, refuse_earlier
-from .hf.checkpoint import check_output_directory, convert_in_place, publish_on_save
-from .hf.configuration_nbl import LinearizedLayer
+from .hf.checkpoint import check_output_directory, convert_in_place
+from .hf.configuration_nbl import LinearizedLayer, NBLConfigMixin
 from .hf.modeling_nbl import decoder_layers
 from .preflight import candidate_layers, check_calibration_data, check_model
-from .report.model_card import write_report
 from .report.provenance import collect_versions, utc_timestamp
 from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
 from .report.tables import ranking_table
 from .selection import choose_layers
-from .smoothing import MixedModel
 from .surgery import replace_attention
 from .upstream import (
     keep_causal_mask,
@@ -100,6 +94,8 @@ class NBLModifier(Modifier):
 
     _architecture: Architecture = PrivateAttr()
     _candidates: dict[int, str] = PrivateAttr(default_factory=dict)
+    _earlier: dict[int, LinearizedLayer] = PrivateAttr(default_factory=dict)
+    _earlier_report: NBLReport | None = PrivateAttr(default=None)
     _followers: Followers | None = PrivateAttr(default=None)
     _dataset_args: DatasetArguments | None = PrivateAttr(default=None)
     _propagate_error: bool = PrivateAttr(default=True)
@@ -164,6 +160,9 @@ class NBLModifier(Modifier):
         self._followers = self._check_recipe(model, kwargs)
         self._architecture = check_model(model)
         self._candidates = self._choose_from(model)
+        if isinstance(model.config, NBLConfigMixin):
+            self._earlier = model.config.linearized_layers()
+            self._earlier_report = saving.report_of(model)
         self._num_samples = check_calibration_data(
             state.data.calib, model.config.hidden_size
         )
@@ -249,27 +248,25 @@ class NBLModifier(Modifier):
         report = self._report = self._make_report(model, calibration)
         logger.info("NBL ranking\n{}", ranking_table(report))
         layers = decoder_layers(model, self._architecture)
-        spec = LinearizedLayer(input=self.input)
-        for index in report.selected_layers:
-            weight, bias = calibration.maps[index]
+        for index, (weight, bias) in self._chosen_maps(calibration).items():
             replace_attention(
-                layers[index], self._architecture, index, spec, weight, bias
+                layers[index],
+                self._architecture,
+                index,
+                LinearizedLayer(input=self.input),
+                weight,
+                bias,
             )
         # From here on the model must not be saved as what it no longer is, not even
         # if a later modifier fails.
-        modify_save_pretrained(model)
-        publish_on_save(
+        saving.publish(
             model,
             self._architecture,
+            report=lambda: self._report,
             before=partial(self._convert, model),
-            extra_files=self._write_report,
-            is_source_process=is_source_process,
         )
         if self._followers is not None:
-            normalized = self.input == "normalized"
-            mixed = MixedModel(
-                model, self._architecture, report.selected_layers, normalized
-            )
+            mixed = smoothing.MixedModel(model, self._architecture, self._linearized)
             self._followers.refresh(state, mixed)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -356,12 +353,18 @@ class NBLModifier(Modifier):
         ]
         return NBLReport(
             format_version=FORMAT_VERSION,
-            model=model.config._name_or_path,
+            model=(
+                self._earlier_report.model
+                if self._earlier_report is not None
+                else model.config._name_or_path
+            ),
             model_type=self._architecture.model_type,
             num_hidden_layers=len(decoder_layers(model, self._architecture)),
             criterion=self.criterion,
             input=self.input,
-            selected_layers=sorted(c.index for c in choices if c.selected),
+            selected_layers=sorted(
+                {*self._earlier, *(c.index for c in choices if c.selected)}
+            ),
             layers=results,
             num_calibration_samples=self._num_samples,
             num_tokens=max(result.num_tokens for result in results),
@@ -370,26 +373,30 @@ class NBLModifier(Modifier):
             recipe=None,
             versions=collect_versions(),
             created=utc_timestamp(),
+            previous=self._earlier_report,
         )
 
-    def _convert(self, model: PreTrainedModel) -> None:
+    @property
+    def _linearized(self) -> dict[int, LinearizedLayer]:
+        """All linearized layers, those of earlier runs included."""
         assert self._report is not None
         spec = LinearizedLayer(input=self.input)
-        convert_in_place(
-            model,
-            self._architecture,
-            dict.fromkeys(self._report.selected_layers, spec),
-            criterion=self.criterion,
-        )
+        return dict.fromkeys(self._report.selected_layers, spec) | self._earlier
 
-    def _write_report(self, directory: Path) -> None:
-        assert self._report is not None
-        write_report(self._report, directory)
-        oneshot = running_oneshot()
-        if oneshot is not None and oneshot.processor is not None:
-            # oneshot() writes it after the model; in here it cannot be missing from a
-            # checkpoint whose run was killed in between.
-            oneshot.processor.save_pretrained(directory)
+    def _chosen_maps(
+        self, calibration: Calibration
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return weight and bias of the layers to replace now, by index."""
+        return {
+            index: calibration.maps[index]
+            for index in self._linearized
+            if index not in self._earlier
+        }
+
+    def _convert(self, model: PreTrainedModel) -> None:
+        convert_in_place(
+            model, self._architecture, self._linearized, criterion=self.criterion
+        )
 
 
 def _refuse_shared_pass(others: Sequence[Modifier]) -> None:
@@ -403,3 +410,5 @@ def _refuse_shared_pass(others: Sequence[Modifier]) -> None:
 
 
 ModifierFactory.register("NBLModifier", NBLModifier)
+saving.register()
+smoothing.register()

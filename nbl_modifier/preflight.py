@@ -11,7 +11,7 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, architecture_of
-from .hf.modeling_nbl import decoder_layers
+from .hf.modeling_nbl import LinearizedAttention, decoder_layers
 from .upstream import rewind_generator
 
 __all__ = [
@@ -29,18 +29,13 @@ def check_model(model: PreTrainedModel) -> Architecture:
     """
     Return the family of a model that can be linearized.
 
-    :param model: a causal language model as transformers loads it
+    :param model: a causal language model as transformers loads it, some of its layers
+        linearized already or none
     :raises NotImplementedError: if its family is not supported, or the run is
         distributed
-    :raises ValueError: if it is linearized or quantized already
+    :raises ValueError: if it is quantized already
     """
-    model_type: str = model.config.model_type
-    architecture = architecture_of(model_type)
-    if model_type == architecture.nbl_model_type:
-        raise ValueError(
-            f"the model is linearized already (model_type {model_type!r}). Start from "
-            f"the base model, with as many layers as wanted in all."
-        )
+    architecture = architecture_of(model.config.model_type)
     quantized = next(
         (n for n, m in model.named_modules() if hasattr(m, "quantization_scheme")), None
     )
@@ -66,33 +61,46 @@ def candidate_layers(
     """
     Return the attention modules that may be replaced, names by decoder layer index.
 
+    Those that were replaced in an earlier run are not among them.
+
     :param model: the causal language model
     :param architecture: its family
     :param targets: names, ``re:`` patterns or class names; None: all of the decoder
     :param ignore: the same, to leave out
-    :raises ValueError: if a target matches no attention module of the decoder
+    :raises ValueError: if a target matches no attention module of the decoder, or there
+        is none left
     """
-    count = len(decoder_layers(model, architecture))
-    names = [architecture.attention_name(index) for index in range(count)]
+    names = {
+        index: architecture.attention_name(index)
+        for index, layer in enumerate(decoder_layers(model, architecture))
+        if not isinstance(
+            layer.get_submodule(architecture.attention), LinearizedAttention
+        )
+    }
+    if not names:
+        raise ValueError(
+            "NBLModifier: the model has no attention left, every layer is linearized "
+            "already. Remove NBLModifier from the recipe."
+        )
 
     def matching(pattern: str) -> set[str]:
         found = {name for name, _ in match_named_modules(model, [pattern], [])}
-        return found & set(names)
+        return found & set(names.values())
 
-    allowed = set(names)
+    allowed = set(names.values())
     if targets is not None:
         nothing = [target for target in targets if not matching(target)]
         if nothing or not targets:
             raise ValueError(
                 f"NBLModifier.targets: {nothing} matches no attention module. What can "
-                f"be matched: {', '.join(names)}."
+                f"be matched: {', '.join(names.values())}."
             )
         allowed = set().union(*map(matching, targets))
     for pattern in ignore:
         if not matching(pattern):
             logger.warning("NBLModifier.ignore: {!r} matches no attention", pattern)
         allowed -= matching(pattern)
-    return {index: name for index, name in enumerate(names) if name in allowed}
+    return {index: name for index, name in names.items() if name in allowed}
 
 
 def check_calibration_data(batches: Iterable[Any] | None, hidden_size: int) -> int:

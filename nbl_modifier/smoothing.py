@@ -9,18 +9,40 @@ every decoder layer, and fails or corrupts the model where q, k and v are gone.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from compressed_tensors.utils import match_named_modules
 from llmcompressor.modifiers.transform.awq import AWQMapping
-from llmcompressor.modifiers.transform.smoothquant.utils import LayerMap
+from llmcompressor.modifiers.transform.awq.dynamic_mappings import (
+    AWQ_DYNAMIC_MAPPING_REGISTRY,
+)
+from llmcompressor.modifiers.transform.awq.mappings import (
+    AWQ_MAPPING_REGISTRY,
+    default_mappings,
+)
+from llmcompressor.modifiers.transform.smoothquant.dynamic_mappings import (
+    SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY,
+)
+from llmcompressor.modifiers.transform.smoothquant.utils import (
+    DEFAULT_SMOOTHQUANT_MAPPINGS,
+    MAPPINGS_REGISTRY,
+    LayerMap,
+)
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .architectures import Architecture
+from .architectures import ARCHITECTURES, Architecture, architecture_of
+from .hf.configuration_nbl import LinearizedLayer
 
-__all__ = ["MixedModel", "refuse_class_names", "rewrite_awq", "rewrite_smoothquant"]
+__all__ = [
+    "MixedModel",
+    "refuse_class_names",
+    "register",
+    "rewrite_awq",
+    "rewrite_smoothquant",
+]
 
 
 @dataclass(frozen=True)
@@ -30,25 +52,20 @@ class MixedModel:
 
     :param model: the causal language model, layers replaced
     :param architecture: its family
-    :param layers: indices of the linearized layers, at least one
-    :param normalized: whether the linear layers read the output of the input norm; if
-        not there is no norm in front of them that could be smoothed
+    :param layers: the linearized layers by index. If one reads the ``residual`` stream,
+        there is no norm in front of it that could be smoothed
     """
 
     model: nn.Module
     architecture: Architecture
-    layers: Collection[int]
-    normalized: bool
+    layers: Mapping[int, LinearizedLayer]
 
-    @property
-    def _prefix(self) -> str:
-        indices = "|".join(map(str, sorted(self.layers)))
-        return rf"{re.escape(self.architecture.layers)}\.(?:{indices})\."
-
-    @property
-    def linear(self) -> str:
-        """Pattern of the linear layers that replaced attention."""
-        return rf"re:{self._prefix}{re.escape(self.architecture.attention)}\.linear$"
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Return the view of a model that is a linearized one by its class, too."""
+        config: Any = model.config
+        architecture = architecture_of(config.model_type)
+        return cls(model, architecture, config.linearized_layers())
 
     def matches(self, target: str) -> bool:
         """Whether a module with weights, in a linearized layer or not, matches."""
@@ -57,17 +74,9 @@ class MixedModel:
             for _, module in match_named_modules(self.model, [target], [])
         )
 
-    def kept(self, target: str) -> str:
-        """Return ``target`` restricted to what is outside the linearized layers."""
-        return f"re:(?!{self._prefix}){_as_regex(target)}"
-
-    def linearized(self, target: str) -> str:
-        """Return ``target`` restricted to the linearized layers."""
-        return f"re:(?={self._prefix}){_as_regex(target)}"
-
     def split(self, smooth: str, balance: Sequence[str]) -> list[tuple[str, list[str]]]:
         """
-        Return the mapping as one or two that hold on the mixed model.
+        Return the mapping as the ones that hold on the mixed model.
 
         Kept layers are smoothed as before. In a linearized layer the readers are those
         that still exist and, behind the input norm, the new linear layer.
@@ -75,24 +84,35 @@ class MixedModel:
         :param smooth: pattern of the module to smooth
         :param balance: patterns of its readers
         """
-        kept = (self.kept(smooth), [self.kept(target) for target in balance])
-        inside = self.linearized(smooth)
-        readers = [
-            self.linearized(target)
-            for target in balance
-            if self.matches(self.linearized(target))
-        ]
-        if self._is_input_norm(inside):
-            readers.append(self.linear)
-        elif len(readers) == len(balance):
-            return [(smooth, list(balance))]  # an MLP's: the same in every layer
-        if not readers or not self.matches(inside):
-            return [kept]
-        return [kept, (inside, readers)]
+        everywhere = self._prefix(self.layers)
+        kept, *readers = (
+            f"re:(?!{everywhere}){_as_regex(target)}" for target in (smooth, *balance)
+        )
+        parts = [(kept, readers)]
+        for kind in ("residual", "normalized"):
+            indices = [i for i, layer in self.layers.items() if layer.input == kind]
+            inside, *readers = (
+                f"re:(?={self._prefix(indices)}){_as_regex(target)}"
+                for target in (smooth, *balance)
+            )
+            readers = [target for target in readers if self.matches(target)]
+            if not indices or not self.matches(inside):
+                continue
+            if kind == "normalized" and self._is_input_norm(inside):
+                attention = re.escape(self.architecture.attention)
+                readers.append(rf"re:{self._prefix(indices)}{attention}\.linear$")
+            if readers:
+                parts.append((inside, readers))
+        return parts
+
+    def _prefix(self, indices: Iterable[int]) -> str:
+        """Return a pattern of what the names of the layers' modules begin with."""
+        numbers = "|".join(map(str, sorted(indices)))
+        return rf"{re.escape(self.architecture.layers)}\.(?:{numbers})\."
 
     def _is_input_norm(self, pattern: str) -> bool:
         norm = "." + self.architecture.input_norm
-        return self.normalized and any(
+        return any(
             name.endswith(norm)
             for name, _ in match_named_modules(self.model, [pattern], [])
         )
@@ -123,13 +143,19 @@ def refuse_class_names(owner: str, model: nn.Module, targets: Sequence[str]) -> 
             )
 
 
-def rewrite_awq(mappings: Sequence[AWQMapping], mixed: MixedModel) -> list[AWQMapping]:
+def rewrite_awq(
+    mappings: Sequence[AWQMapping] | None, mixed: MixedModel
+) -> list[AWQMapping]:
     """
     Return AWQ mappings that hold on the mixed model.
 
-    :param mappings: the user's, or those llm-compressor infers for the base model
+    :param mappings: the user's; None: those llm-compressor infers for the base model
     :param mixed: the model
     """
+    if mappings is None:
+        mappings = AWQ_MAPPING_REGISTRY.get(
+            mixed.architecture.causal_lm, default_mappings
+        )
     return [
         replace(mapping, smooth_layer=smooth, balance_layers=balance)
         for mapping in mappings
@@ -138,16 +164,37 @@ def rewrite_awq(mappings: Sequence[AWQMapping], mixed: MixedModel) -> list[AWQMa
 
 
 def rewrite_smoothquant(
-    mappings: Sequence[tuple | list], mixed: MixedModel
+    mappings: Sequence[tuple | list] | None, mixed: MixedModel
 ) -> list[LayerMap]:
     """
     Return SmoothQuant mappings that hold on the mixed model.
 
-    :param mappings: ``(balance_layers, smooth_layer)`` each, the user's or inferred
+    :param mappings: ``(balance_layers, smooth_layer)`` each, the user's; None: those
+        llm-compressor infers for the base model
     :param mixed: the model
     """
+    if mappings is None:
+        mappings = MAPPINGS_REGISTRY.get(
+            mixed.architecture.causal_lm, DEFAULT_SMOOTHQUANT_MAPPINGS
+        )
     return [
         LayerMap(balance_layers=balance, smooth_layers=smooth)
         for *readers, norm in map(tree_leaves, mappings)
         for smooth, balance in mixed.split(norm, readers)
     ]
+
+
+def register() -> None:
+    """
+    Tell AWQ and SmoothQuant what to smooth in a linearized checkpoint.
+
+    They infer mappings by the model's class name, and know none of ours.
+    """
+    for architecture in ARCHITECTURES.values():
+        name = architecture.nbl_causal_lm
+        AWQ_DYNAMIC_MAPPING_REGISTRY[name] = lambda model: rewrite_awq(
+            None, MixedModel.of(model)
+        )
+        SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY[name] = lambda model: rewrite_smoothquant(
+            None, MixedModel.of(model)
+        )

@@ -5,20 +5,24 @@ What llm-compressor 0.14 does not tell its modifiers, or gets wrong where it hur
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
+from llmcompressor.entrypoints import utils as entrypoints
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
 from torch import Tensor
 from torch.fx.node import Argument
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
     "keep_causal_mask",
     "release_causal_mask",
     "rewind_generator",
     "running_oneshot",
+    "wrap_saving",
 ]
 
 
@@ -86,3 +90,24 @@ def rewind_generator() -> Tensor:
     state = torch.random.get_rng_state()
     torch.random.default_generator.manual_seed(torch.initial_seed())
     return state
+
+
+def wrap_saving(after: Callable[[PreTrainedModel], None]) -> None:
+    """
+    Call ``after`` on the model of each ``oneshot()``, once its saving is prepared.
+
+    llm-compressor wraps ``model.save_pretrained`` before the run, and its wrapper ends
+    by writing files that have to be part of the checkpoint (llmcompressor 0.14.0.1,
+    entrypoints/utils.py, ``pre_process``). Without a modifier of ours in the recipe
+    there is no other place that runs in between. Call it once per process.
+
+    :param after: gets the model, ``save_pretrained`` wrapped
+    """
+    upstreams = entrypoints.modify_save_pretrained
+
+    @wraps(upstreams)
+    def modify_save_pretrained(model: PreTrainedModel) -> None:
+        upstreams(model)
+        after(model)
+
+    entrypoints.modify_save_pretrained = modify_save_pretrained

@@ -15,7 +15,6 @@ import pytest
 import torch
 from datasets import Dataset
 from llmcompressor.modifiers import Modifier
-from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import (
     ConstantPruningModifier,
     MagnitudePruningModifier,
@@ -231,18 +230,6 @@ def w4a16() -> Modifier:
     ("recipe", "message"),
     [
         (
-            lambda: [quantizer(GPTQModifier, "W4A16"), NBLModifier(num_layers=1)],
-            "GPTQModifier comes before NBLModifier.*Put NBLModifier first",
-        ),
-        (
-            lambda: [w4a16(), NBLModifier(num_layers=1)],
-            "QuantizationModifier comes before NBLModifier",
-        ),
-        (
-            lambda: [NBLModifier(num_layers=1), NBLModifier(num_layers=2)],
-            "two NBLModifiers.*Use one",
-        ),
-        (
             lambda: [NBLModifier(num_layers=1), SpinQuantModifier(), w4a16()],
             "SpinQuantModifier cannot follow NBLModifier: it centers the embeddings",
         ),
@@ -264,7 +251,7 @@ def w4a16() -> Modifier:
         ),
     ],
 )
-def test_recipes_that_cannot_work_are_refused(
+def test_modifiers_that_cannot_follow_are_refused(
     llama: Path, rows: Dataset, recipe: Callable[[], list[Modifier]], message: str
 ) -> None:
     model = load(llama)
@@ -273,26 +260,6 @@ def test_recipes_that_cannot_work_are_refused(
         compress(model, recipe(), rows)
     assert linearized(model) == []
     assert torch.equal(logits_of(model), before)
-
-
-@pytest.mark.parametrize("pipeline", ["sequential", "basic", None])
-@pytest.mark.parametrize("follower", ["gptq", "smoothquant_w8a8", "sparsegpt"])
-def test_shared_pass_is_refused(
-    llama: Path, rows: Dataset, pipeline: str | None, follower: str
-) -> None:
-    recipe = [NBLModifier(num_layers=1), *FOLLOWERS[follower].make()]
-    with pytest.raises(
-        ValueError, match="shares its calibration pass with .*independent"
-    ):
-        compress(load(llama), recipe, rows, pipeline=pipeline)
-
-
-def test_missing_calibration_data_is_refused(llama: Path) -> None:
-    recipe = [NBLModifier(num_layers=1), w4a16()]
-    with pytest.raises(ValueError, match=r"needs calibration data.*Pass dataset="):
-        compress(load(llama), recipe, None)
-    with pytest.raises(ValueError, match="datafree"):
-        compress(load(llama), recipe, None, pipeline="datafree")
 
 
 def test_smoothing_before_nbl(llama: Path, rows: Dataset) -> None:

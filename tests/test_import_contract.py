@@ -41,17 +41,24 @@ LAYERS = {
         lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru yaml vllm",
     ),
     "modifier": Layer(
-        ours="calibration composition smoothing preflight surgery upstream report hf"
-        " architectures selection",
+        ours="calibration composition saving smoothing preflight surgery upstream"
+        " report hf architectures selection",
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
     "calibration": Layer(
         ours="capture preflight surgery numerics",
         packages="llmcompressor loguru torch",
     ),
-    "composition": Layer(ours="smoothing", packages="llmcompressor torch"),
+    "saving": Layer(
+        ours="upstream report hf architectures",
+        packages="llmcompressor compressed_tensors transformers yaml",
+    ),
+    "composition": Layer(
+        ours="smoothing hf", packages="llmcompressor torch transformers"
+    ),
     "smoothing": Layer(
-        ours="architectures", packages="llmcompressor compressed_tensors torch"
+        ours="hf architectures",
+        packages="llmcompressor compressed_tensors torch",
     ),
     "preflight": Layer(
         ours="upstream hf architectures",

@@ -662,7 +662,7 @@ def test_next_run_after_a_failed_one(llama: Path, rows: Dataset) -> None:
     assert model.config.model_type == "nbl_llama"
     assert linearized(expected) == [0, 2]
     # and the failed model is what it says
-    with pytest.raises(ValueError, match="linearized already"):
+    with pytest.raises(ValueError, match="quantized already"):
         compress(failed, NBLModifier(layers=[0]), rows)
 
 

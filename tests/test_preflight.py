@@ -47,8 +47,7 @@ Snapshot = dict[Path, bytes | None]
 def snapshot(folder: Path) -> Snapshot:
     """Return every file below ``folder`` with its content, every directory with None."""
     return {
-        path: None if path.is_dir() else path.read_bytes()
-        for path in folder.rglob("*")
+        path: None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")
     }
 
 
@@ -100,9 +99,7 @@ def one_layer() -> NBLModifier:
 
 
 def gptq() -> GPTQModifier:
-    return GPTQModifier(
-        config_groups=FOUR_BITS, targets=["Linear"], ignore=["lm_head"]
-    )
+    return GPTQModifier(config_groups=FOUR_BITS, targets=["Linear"], ignore=["lm_head"])
 
 
 @pytest.mark.parametrize(
@@ -182,32 +179,29 @@ def test_unsupported_architecture(
     model = load(folder)
     message = refused(tmp_path, model, one_layer(), rows, NotImplementedError)
     assert repr(model.config.model_type) in message
-    assert "supported: llama" in message
+    assert "supported: llama, mistral, qwen3" in message
 
 
-@pytest.fixture(scope="module")
-def linearized_checkpoint(
-    llama: Path, rows: Dataset, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / "linearized"
-    compress(load(llama), NBLModifier(layers=[1]), rows, output_dir=str(folder))
-    return folder
+def test_nothing_left_to_linearize(llama: Path, rows: Dataset, tmp_path: Path) -> None:
+    model = compress(load(llama), NBLModifier(num_layers=4), rows)
+    message = refused(tmp_path, model, one_layer(), rows)
+    assert "no attention left" in message
+    assert "Remove NBLModifier" in message
 
 
-def test_linearized_checkpoint(
-    linearized_checkpoint: Path, rows: Dataset, tmp_path: Path
+def test_layers_that_are_linear_already(
+    llama: Path, rows: Dataset, tmp_path: Path
 ) -> None:
-    nbl_modifier.hf.register()
-    message = refused(tmp_path, linearized_checkpoint, one_layer(), rows)
-    assert "linearized already" in message
-    assert "Start from the base model" in message
-
-
-def test_linearized_in_memory(llama: Path, rows: Dataset, tmp_path: Path) -> None:
     model = compress(load(llama), NBLModifier(layers=[1]), rows)
     before = logits_of(model)
-    message = refused(tmp_path, model, one_layer(), rows)
-    assert "linearized already" in message
+    for recipe, words in (
+        (NBLModifier(layers=[1, 2]), ["layers", "[1]", "[0, 2, 3]"]),
+        (NBLModifier(num_layers=4), ["num_layers", "there are 3", "got 4"]),
+        (NBLModifier(num_layers=1, targets=["re:.*1.self_attn"]), ["targets"]),
+    ):
+        message = refused(tmp_path, model, recipe, rows)
+        for word in words:
+            assert word in message
     assert linearized(model) == [1]
     assert torch.equal(logits_of(model), before)
 
@@ -249,9 +243,7 @@ def test_two_nbl_modifiers(llama: Path, rows: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pipeline", ["sequential", "basic"])
-def test_shared_pass(
-    llama: Path, rows: Dataset, tmp_path: Path, pipeline: str
-) -> None:
+def test_shared_pass(llama: Path, rows: Dataset, tmp_path: Path, pipeline: str) -> None:
     model = load(llama)
     recipe = [one_layer(), gptq()]
     message = refused(tmp_path, model, recipe, rows, pipeline=pipeline)
@@ -419,9 +411,7 @@ def test_just_enough_tokens(llama: Path) -> None:
     assert calls  # what refused() watches does count
 
 
-def test_too_few_tokens_in_the_loss(
-    llama: Path, rows: Dataset, tmp_path: Path
-) -> None:
+def test_too_few_tokens_in_the_loss(llama: Path, rows: Dataset, tmp_path: Path) -> None:
     """Known only once the pipeline has the masks, so the layer is named."""
     masks = [[1, 1] + [0] * 62] * 16
     with (
@@ -459,7 +449,9 @@ def test_non_finite_activations(
     model.get_parameter(parameter).data[5, 3] = value
     with (
         nothing_written(tmp_path),
-        pytest.raises(ValueError, match=rf"model\.layers\.{named}\.self_attn") as caught,
+        pytest.raises(
+            ValueError, match=rf"model\.layers\.{named}\.self_attn"
+        ) as caught,
     ):
         compress(model, one_layer(), rows, output_dir=str(tmp_path / "out"))
     message = str(caught.value)

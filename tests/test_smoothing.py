@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nbl_modifier import NBLModifier
-from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.smoothing import MixedModel, rewrite_smoothquant
 from tests.followers import (
     FAMILIES,
@@ -253,7 +252,7 @@ def test_layer_numbers_are_matched_whole(
     """Layer 1 is not layer 11, and another list called layers is not the decoder."""
     model = load(tiny_models("llama"))
     compress(model, NBLModifier(layers=[1], input="normalized"), rows)
-    mixed = MixedModel(model, ARCHITECTURES["llama"], [1], normalized=True)
+    mixed = MixedModel.of(model)
     mapping = [(["re:.*q_proj$"], "re:.*input_layernorm$")]
     kept, inside = (
         entry.smooth_layers for entry in rewrite_smoothquant(mapping, mixed)

@@ -120,7 +120,8 @@ def publish_on_save(
     :param extra_files: writes the report and the model card into a directory
     :param is_source_process: whether this process writes, in a distributed run
     """
-    inner = model.save_pretrained
+    # If it was published before, with another report: not one inside the other.
+    inner = getattr(model.save_pretrained, "_inner", model.save_pretrained)
 
     @wraps(inner)
     def save_pretrained(
@@ -152,6 +153,7 @@ def publish_on_save(
     # llm-compressor wraps what does not carry this mark; a later oneshot() on this
     # model must not wrap it again and rewrite config.json after it.
     save_pretrained._overridden = True  # type: ignore[attr-defined]
+    save_pretrained._inner = inner  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 

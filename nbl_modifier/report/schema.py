@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The record of one NBL run and its JSON form. Standard library only."""
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
@@ -61,8 +63,9 @@ class NBLReport:
     :param num_hidden_layers: decoder layers in the model (K)
     :param criterion: ``cca_bound`` or ``nmse``, what layers were ranked by
     :param input: ``residual`` or ``normalized``, what the linear maps read
-    :param selected_layers: indices of the replaced attention layers, ascending
-    :param layers: one result per layer that was measured
+    :param selected_layers: indices of the replaced attention layers, ascending, those
+        of earlier runs included
+    :param layers: one result per layer that was measured in this run
     :param num_calibration_samples: calibration sequences
     :param num_tokens: unmasked calibration tokens over all sequences
     :param calibration_seconds: wall time of NBL's calibration epoch
@@ -71,6 +74,8 @@ class NBLReport:
     :param versions: package name to version
     :param created: UTC time, ISO 8601
     :param evaluation: figure name to value, such as ``perplexity base``
+    :param previous: report of the run that this one started from, if the model was
+        linearized already
     """
 
     format_version: int
@@ -89,6 +94,7 @@ class NBLReport:
     versions: dict[str, str]
     created: str
     evaluation: dict[str, float] | None = None
+    previous: NBLReport | None = None
 
     @property
     def num_replaced(self) -> int:
@@ -127,9 +133,16 @@ class NBLReport:
         :param text: JSON text
         :raises ValueError: if the text is not a report, or is from a newer version
         """
-        fields = _parse(text)
+        return cls._from_fields(_parse(text))
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Self:
         layers = [_build(LayerResult, entry) for entry in fields.pop("layers", [])]
-        return _build(cls, {**fields, "layers": layers})
+        previous = fields.pop("previous", None)
+        if previous is not None:
+            previous = cls._from_fields(previous)
+        built: Self = _build(cls, {**fields, "layers": layers, "previous": previous})
+        return built
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """

@@ -252,12 +252,12 @@ def test_empty_calibration_set_is_refused(
         assert word in message, message
 
 
-def test_linearized_model_is_refused(
+def test_quantized_model_is_refused(
     gptq_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--recipe", RECIPE, "--output", str(tmp_path / "output"), *SMALL]
     assert main(["compress", str(gptq_run.output), *arguments]) == 2
-    assert "already linearized" in capsys.readouterr().err
+    assert "quantized already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "many"])
