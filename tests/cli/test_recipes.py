@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes are read strictly: nothing in them is passed over."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
+from nbl_modifier.cli import main
 from nbl_modifier.cli.recipes import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -21,13 +24,59 @@ def in_group(modifiers: str) -> str:
     return f"default_stage:\n  default_modifiers: {modifiers}\n"
 
 
-@pytest.mark.parametrize("name", ["nbl.yaml", "nbl_gptq_w4a16.yaml"])
+SHIPPED = sorted(path.name for path in (ROOT / "recipes").iterdir())
+PAPER = [name for name in SHIPPED if name.startswith("paper_")]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_parse_and_say_how_to_run_them(name: str) -> None:
     path = ROOT / "recipes" / name
     modifiers = load_recipe(str(path)).modifiers
     assert type(modifiers[0]).__name__ == "NBLModifier"
-    assert modifiers[0].model_dump()["num_layers"] == 4
-    assert f"nbl compress MODEL --recipe recipes/{name}" in path.read_text("utf-8")
+    text = path.read_text("utf-8")
+    header = text[: text.index("default_stage")]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert "# Size: " in header
+    assert re.search("[cC]hoose it", header)
+    model = r"(MODEL|meta-llama/[\w.-]+)"
+    assert re.search(rf"nbl compress {model} --recipe recipes/{name}", header)
+
+
+def test_papers_settings() -> None:
+    """arXiv:2505.21077: m of K layers, in order of the bound, on the residual stream."""
+    settings = []
+    for name in PAPER:
+        (modifier,) = load_recipe(str(ROOT / "recipes" / name)).modifiers
+        fields = modifier.model_dump()
+        layers, count = re.findall("[0-9]+", name)
+        assert fields["num_layers"] == int(count)
+        assert fields["criterion"] == "cca_bound"
+        assert fields["input"] == "residual"
+        settings.append((int(layers), int(count)))
+    assert sorted(settings) == [
+        *((32, count) for count in (4, 8, 12, 16)),
+        *((80, count) for count in (32, 48, 54)),
+    ]
+
+
+@pytest.mark.usefixtures("one_thread", "pageable_cache")
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in PAPER])
+def test_shipped_recipes_run(name: str, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = [
+        *("compress", str(ROOT / "examples" / "models" / "pycode-4m")),
+        *("--recipe", str(ROOT / "recipes" / name), "--output", str(output)),
+        *("--num-samples", "16", "--max-seq-length", "128", "--heldout", "none"),
+    ]
+    assert main(arguments) == 0
+    config = json.loads((output / "config.json").read_text())
+    assert len(config["nbl_config"]["layers"]) == 4
+    assert ("quantization_config" in config) == (name != "nbl.yaml")
+    inputs = {layer["input"] for layer in config["nbl_config"]["layers"].values()}
+    assert len(inputs) == 1
+    saved = load_recipe(str(output / "recipe.yaml")).modifiers
+    shipped = load_recipe(str(ROOT / "recipes" / name)).modifiers
+    assert list(map(type, saved)) == list(map(type, shipped))
 
 
 def test_json_and_stage_names_and_order(tmp_path: Path) -> None:
