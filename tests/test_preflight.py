@@ -26,7 +26,6 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import nbl_modifier.hf
 from nbl_modifier import NBLModifier
 from tests.tiny_llama import (
     FOUR_BITS,

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+NBL, then 4-bit weights with AWQ. llm-compressor runs AWQ on accelerators only.
+
+Made for copying: set MODEL_ID to a Llama, Mistral or Qwen3 model, and the data to yours.
+Serve the result with `vllm serve pycode-4m-NBL4-AWQ` where nbl-modifier is installed.
+"""
+
+from pathlib import Path
+
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nbl_modifier import NBLModifier
+from nbl_modifier.data import pack, stdlib_texts
+
+# Small, and trained on Python source, so that the example runs anywhere in seconds.
+MODEL_ID = str(Path(__file__).parent / "models" / "pycode-4m")
+OUTPUT = "pycode-4m-NBL4-AWQ"
+
+model = AutoModelForCausalLM.from_pretrained(MODEL_ID, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(MODEL_ID)
+
+# For a chat model: 256 or more conversations, as in llm-compressor's own examples. Ten
+# times as many tokens as the hidden size is the least.
+dataset = pack(stdlib_texts("calibration"), tokenizer, seq_length=256, num_sequences=32)
+
+recipe = [
+    # normalized: keeps the norm in front of a linear map, which AWQ can then scale
+    NBLModifier(num_layers=4, input="normalized"),
+    AWQModifier(),
+    QuantizationModifier(scheme="W4A16_ASYM", targets="Linear", ignore=["lm_head"]),
+]
+
+oneshot(
+    model=model,
+    processor=tokenizer,
+    dataset=dataset,
+    recipe=recipe,
+    num_calibration_samples=len(dataset),
+    max_seq_length=256,
+    output_dir=OUTPUT,
+)
+
+prompt = tokenizer(
+    "<s>def main():\n    ", return_tensors="pt", add_special_tokens=False
+)
+tokens = model.generate(
+    prompt.input_ids.to(model.device), max_new_tokens=32, do_sample=False
+)
+print(tokenizer.decode(tokens[0]))
