@@ -209,7 +209,7 @@ def test_more_layers_and_a_quantizer(
 
 
 def test_user_mappings_on_a_checkpoint(checkpoints: Any, rows: Dataset) -> None:
-    mappings = [
+    mappings: list[tuple[Any, ...] | list[Any]] = [
         [["re:.*q_proj$", "re:.*k_proj$", "re:.*v_proj$"], "re:.*input_layernorm$"]
     ]
     plain = load(checkpoints(kind="normalized"))
