@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows are data, and that a layer's statistics are those of exactly these rows."""
+"""Which rows are data, and that a layer's statistics are those of just these rows."""
 
 from pathlib import Path
 from typing import Any

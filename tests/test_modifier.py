@@ -52,8 +52,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Kind = Literal["residual", "normalized"]
 INPUTS = pytest.mark.parametrize("kind", ["residual", "normalized"])
 # W is rounded to float32: 2^-24 = 6e-8 of each entry. Before that it is the float64
-# solution of the same activations, bit for bit, whose own error is below 1e-16 times the
-# condition number, here 1e3. Left to spare: other orders of summation.
+# solution of the same activations, bit for bit, whose own error is below 1e-16 times
+# the condition number, here 1e3. Left to spare: other orders of summation.
 ROUNDED = 1e-7
 
 
@@ -103,7 +103,9 @@ def activations(
             found["R"].append(take(args[0]))
             found["X"].append(take(output))
 
-        def see_attention(_: nn.Module, __: Any, output: Any, found: Any = found) -> None:
+        def see_attention(
+            _: nn.Module, __: Any, output: Any, found: Any = found
+        ) -> None:
             found["A"].append(take(output[0]))
 
         layer.input_layernorm.register_forward_hook(see_norm)
@@ -381,9 +383,7 @@ def test_tokens_outside_the_loss_do_not_count(llama: Path, rows: Dataset) -> Non
     generator = torch.Generator().manual_seed(5)
     masks = (torch.rand(16, 64, generator=generator) < 0.6).long().tolist()
     masked = rows.add_column("loss_mask", masks)
-    model, report = run(
-        llama, NBLModifier(num_layers=4), masked, use_loss_mask=True
-    )
+    model, report = run(llama, NBLModifier(num_layers=4), masked, use_loss_mask=True)
     assert report.num_tokens == sum(map(sum, masks))
     for index, seen in enumerate(activations(llama, rows, masks)):
         assert_map(model, index, seen.residual, seen.output, ROUNDED)

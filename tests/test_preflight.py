@@ -45,10 +45,9 @@ Snapshot = dict[Path, bytes | None]
 
 
 def snapshot(folder: Path) -> Snapshot:
-    """Return every file below ``folder`` with its content, every directory with None."""
+    """Return the content of every file below ``folder``, None for directories."""
     return {
-        path: None if path.is_dir() else path.read_bytes()
-        for path in folder.rglob("*")
+        path: None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")
     }
 
 
@@ -79,7 +78,7 @@ def refused(
     Run oneshot(), which must refuse; return the message.
 
     :param folder: where nothing may be written
-    :param kwargs: of oneshot; ``output_dir`` is a new directory in ``folder`` by default
+    :param kwargs: of oneshot; by default ``output_dir`` is new, in ``folder``
     """
     kwargs.setdefault("output_dir", str(folder / "out"))
     if isinstance(model, Path):
@@ -100,9 +99,7 @@ def one_layer() -> NBLModifier:
 
 
 def gptq() -> GPTQModifier:
-    return GPTQModifier(
-        config_groups=FOUR_BITS, targets=["Linear"], ignore=["lm_head"]
-    )
+    return GPTQModifier(config_groups=FOUR_BITS, targets=["Linear"], ignore=["lm_head"])
 
 
 @pytest.mark.parametrize(
@@ -249,9 +246,7 @@ def test_two_nbl_modifiers(llama: Path, rows: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pipeline", ["sequential", "basic"])
-def test_shared_pass(
-    llama: Path, rows: Dataset, tmp_path: Path, pipeline: str
-) -> None:
+def test_shared_pass(llama: Path, rows: Dataset, tmp_path: Path, pipeline: str) -> None:
     model = load(llama)
     recipe = [one_layer(), gptq()]
     message = refused(tmp_path, model, recipe, rows, pipeline=pipeline)
@@ -419,9 +414,7 @@ def test_just_enough_tokens(llama: Path) -> None:
     assert calls  # what refused() watches does count
 
 
-def test_too_few_tokens_in_the_loss(
-    llama: Path, rows: Dataset, tmp_path: Path
-) -> None:
+def test_too_few_tokens_in_the_loss(llama: Path, rows: Dataset, tmp_path: Path) -> None:
     """Known only once the pipeline has the masks, so the layer is named."""
     masks = [[1, 1] + [0] * 62] * 16
     with (
@@ -459,7 +452,9 @@ def test_non_finite_activations(
     model.get_parameter(parameter).data[5, 3] = value
     with (
         nothing_written(tmp_path),
-        pytest.raises(ValueError, match=rf"model\.layers\.{named}\.self_attn") as caught,
+        pytest.raises(
+            ValueError, match=rf"model\.layers\.{named}\.self_attn"
+        ) as caught,
     ):
         compress(model, one_layer(), rows, output_dir=str(tmp_path / "out"))
     message = str(caught.value)

@@ -137,7 +137,9 @@ def test_offload_settings_are_kept(
         model = load(llama)
         set_onload_device(model, torch.device("cpu"))
     wanted = settings(model.model.layers[INDEX].self_attn.q_proj)
-    assert wanted["offload_device"] == ("disk" if place == "disk" else torch.device("cpu"))
+    assert wanted["offload_device"] == (
+        "disk" if place == "disk" else torch.device("cpu")
+    )
     layer = replace(model, kind)
     assert settings(layer.self_attn.linear) == wanted
     assert settings(layer.self_attn)["class"] == wanted["class"]

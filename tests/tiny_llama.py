@@ -137,7 +137,10 @@ def demo_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerBase:
 
 
 def compress(
-    model: PreTrainedModel | str | Path, recipe: Any, rows: Dataset | None, **kwargs: Any
+    model: PreTrainedModel | str | Path,
+    recipe: Any,
+    rows: Dataset | None,
+    **kwargs: Any,
 ) -> PreTrainedModel:
     """
     Run oneshot() and return its model.
@@ -170,7 +173,7 @@ def logits_of(model: PreTrainedModel, seed: int = 7) -> Tensor:
 
 
 def linearized(model: PreTrainedModel) -> list[int]:
-    """Return the decoder layers of a Llama whose attention is linear, by the modules."""
+    """Return the decoder layers of a Llama in which attention is a linear map."""
     return [
         index
         for index, layer in enumerate(model.model.layers)

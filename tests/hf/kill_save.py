@@ -3,9 +3,9 @@
 Kills a save at every file operation, and looks what the directories load as.
 
 Run by test_checkpoint.py in a process of its own: python kill_save.py MODEL FOLDER
-SCENARIO. Each save runs in a forked child that dies by os._exit(), without any cleanup,
-right before its n-th file operation below FOLDER, for n = 1, 2, ... until it finishes.
-Prints a JSON object.
+SCENARIO... Each save runs in a forked child that dies by os._exit(), without any
+cleanup, right before its n-th file operation below FOLDER, for n = 1, 2, ... until it
+finishes. Prints a JSON object, results by scenario.
 """
 
 import json
@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -47,7 +47,7 @@ import sys
 from transformers import AutoModelForCausalLM
 for line in sys.stdin:
     try:
-        AutoModelForCausalLM.from_pretrained(line.strip())
+        AutoModelForCausalLM.from_pretrained(line.strip(), trust_remote_code=False)
         print("loads", flush=True)
     except (OSError, ValueError, KeyError, RuntimeError):
         print("refused", flush=True)
@@ -117,33 +117,54 @@ def loaded_as(path: Path, known: dict[str, torch.Tensor]) -> str | None:
     return "something else"
 
 
-def ask(stock: "subprocess.Popen[str]", path: Path) -> str:
-    """Return what transformers without nbl_modifier says to ``path``."""
-    requests, answers = stock.stdin, stock.stdout
-    assert isinstance(requests, IO) or requests is not None
-    assert answers is not None
-    print(path, file=requests, flush=True)
-    return answers.readline().strip()
+class Stock:
+    """A process with transformers and without nbl_modifier."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", STOCK],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def loads(self, path: Path) -> bool:
+        """Return whether it loads ``path``."""
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None
+        assert answers is not None
+        print(path, file=requests, flush=True)
+        answer = answers.readline().strip()
+        assert answer in ("loads", "refused"), answer
+        return answer == "loads"
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.wait()
 
 
-def main(model_folder: Path, folder: Path, scenario: str) -> dict[str, Any]:
-    """Return how many kills there were, and what was loaded after them."""
+def run(
+    model_folder: Path, folder: Path, scenario: str, stock: Stock
+) -> dict[str, Any]:
+    """
+    Return how many kills there were, and what was loaded after them.
+
+    :param model_folder: the model to compress
+    :param folder: where to work
+    :param scenario: ``new``, ``packed`` (quantized, too) or ``overwrite``
+    :param stock: what must never load anything
+    """
     model = make_model(model_folder, scenario, layers=[0, 2])
     known = {"new": logits_of(model)}
     template = folder / "template"
-    template.mkdir()
+    template.mkdir(parents=True)
     if scenario == "overwrite":
         old = make_model(model_folder, scenario, layers=[1])
         known["old"] = logits_of(old)
         old.save_pretrained(template / "out", max_shard_size="20KB")
     options = {"max_shard_size": "60KB"} if scenario == "overwrite" else {}
-    stock = subprocess.Popen(
-        [sys.executable, "-c", STOCK],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
     wrong: list[str] = []
     seen: set[str | None] = set()
     kills, finished = 0, False
@@ -157,12 +178,11 @@ def main(model_folder: Path, folder: Path, scenario: str) -> dict[str, Any]:
             found = loaded_as(path, known)
             if found is not None and (path != target or found not in known):
                 wrong.append(f"{path} after {kills} operations: {found}")
-            if ask(stock, path) != "refused":
+            if stock.loads(path):
                 wrong.append(f"{path} after {kills} operations: loads in transformers")
-        seen.add(loaded_as(target, known))
         last = loaded_as(target, known)
+        seen.add(last)
         shutil.rmtree(parent)
-    stock.terminate()
     return {"kills": kills, "wrong": wrong, "seen": list(seen), "finished": last}
 
 
@@ -171,5 +191,11 @@ if __name__ == "__main__":
     logger.remove()
     logging.set_verbosity_error()
     nbl_modifier.hf.register()
-    report = main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
-    print(json.dumps(report))  # noqa: T201  (to the test that started this)
+    stock_transformers = Stock()
+    assert stock_transformers.loads(Path(sys.argv[1]))  # it can say so
+    results = {
+        name: run(Path(sys.argv[1]), Path(sys.argv[2]) / name, name, stock_transformers)
+        for name in sys.argv[3:]
+    }
+    stock_transformers.stop()
+    print(json.dumps(results))  # noqa: T201  (to the test that started this)

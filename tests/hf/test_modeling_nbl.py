@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Linearized models in transformers: whichever layers are linear, generation gives the same
-tokens with every kind of cache as without one.
+Linearized models in transformers: whichever layers are linear, generation gives the
+same tokens with every kind of cache as without one.
 """
 
 from __future__ import annotations
@@ -209,7 +209,9 @@ def skeleton(layers: dict[int, LinearizedLayer]) -> Any:
 
 
 def test_class_builds_the_named_layers() -> None:
-    config = skeleton({1: LinearizedLayer("residual"), 3: LinearizedLayer("normalized")})
+    config = skeleton(
+        {1: LinearizedLayer("residual"), 3: LinearizedLayer("normalized")}
+    )
     model = model_class("LlamaForCausalLM", LLAMA)(config)
     assert isinstance(model, LlamaForCausalLM)
     assert type(model).__name__ == "NBLLlamaForCausalLM"
