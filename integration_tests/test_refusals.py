@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_transformers_with_the_modelling_files(
     process = load_without_nbl_modifier(linearized, tmp_path, trust_remote_code=True)
     assert process.returncode == 0, process.stderr
     nbl_modifier.hf.register()
-    model = AutoModelForCausalLM.from_pretrained(linearized)
+    model: Any = AutoModelForCausalLM.from_pretrained(linearized)
     expected = model.generate(torch.arange(5, 25)[None], max_new_tokens=16)
     assert json.loads(process.stdout) == expected.tolist()
 

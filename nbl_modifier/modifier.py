@@ -18,7 +18,7 @@ from llmcompressor.transformers.compression.compressed_tensors_utils import (
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .architectures import Architecture
 from .calibration import Calibration
@@ -373,10 +373,11 @@ class NBLModifier(Modifier):
         assert self._report is not None
         write_report(self._report, directory)
         oneshot = running_oneshot()
-        if oneshot is not None and oneshot.processor is not None:
+        processor = None if oneshot is None else oneshot.processor
+        if isinstance(processor, (ProcessorMixin, PreTrainedTokenizerBase)):
             # oneshot() writes it after the model; in here it cannot be missing from a
             # checkpoint whose run was killed in between.
-            oneshot.processor.save_pretrained(directory)
+            processor.save_pretrained(directory)
 
 
 def _refuse_shared_pass(others: Sequence[Modifier]) -> None:

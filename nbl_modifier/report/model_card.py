@@ -74,8 +74,8 @@ The repository {directory} contains custom code which must be executed to correc
 load the model.
 ```
 
-transformers then also loads it with `trust_remote_code=True`, from the modelling files in
-this directory. vLLM needs the package in any case.
+transformers then also loads it with `trust_remote_code=True`, from the modelling files
+in this directory. vLLM needs the package in any case.
 
 ## Made with
 
