@@ -18,7 +18,7 @@ from llmcompressor.transformers.compression.compressed_tensors_utils import (
 from loguru import logger
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .calibration import Calibration
@@ -373,8 +373,9 @@ class NBLModifier(Modifier):
         assert self._report is not None
         write_report(self._report, directory)
         oneshot = running_oneshot()
-        processor = None if oneshot is None else oneshot.processor
-        if isinstance(processor, (ProcessorMixin, PreTrainedTokenizerBase)):
+        # A tokenizer or processor by now; its type still allows for the name of one.
+        processor: Any = None if oneshot is None else oneshot.processor
+        if processor is not None:
             # oneshot() writes it after the model; in here it cannot be missing from a
             # checkpoint whose run was killed in between.
             processor.save_pretrained(directory)
