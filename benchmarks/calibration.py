@@ -30,8 +30,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Progress bars of the timed runs; read when tqdm is imported.
+# Read when the packages are imported: no progress bars and logs of the timed runs.
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
@@ -39,7 +40,6 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
-from loguru import logger
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nbl_modifier import NBLModifier
@@ -240,7 +240,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Parse the command line, measure, print."""
     args = parse_args()
-    logger.remove()
     print_calibration(args)
     if args.solver_d:
         print_solver(args.solver_d, args.device, args.repeats)

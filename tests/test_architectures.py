@@ -45,8 +45,9 @@ def test_names_of_llama() -> None:
 
 def test_paths_lead_to_attention_and_norm(llama: Path) -> None:
     model, row = load(llama), ARCHITECTURES["llama"]
-    assert len(model.get_submodule(row.layers)) == model.config.num_hidden_layers
-    for index, layer in enumerate(model.get_submodule(row.layers)):
+    layers = model.get_submodule(row.layers)
+    assert len(layers) == model.config.num_hidden_layers == 4
+    for index, layer in enumerate(layers):
         attention = model.get_submodule(row.attention_name(index))
         assert attention is layer.get_submodule(row.attention)
         assert {"q_proj", "o_proj"} <= dict(attention.named_children()).keys()

@@ -24,7 +24,6 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.recipe import Recipe
 from loguru import logger
 from torch import nn
-from transformers import PreTrainedModel
 
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier, data
@@ -35,6 +34,7 @@ from tests.numerics import oracle
 from tests.tiny_llama import (
     DEMO_MODEL,
     FOUR_BITS,
+    Model,
     compress,
     demo_tokenizer,
     linearized,
@@ -120,7 +120,7 @@ def activations(
 
 
 def assert_map(
-    model: PreTrainedModel, index: int, X: np.ndarray, Y: np.ndarray, tolerance: float
+    model: Model, index: int, X: np.ndarray, Y: np.ndarray, tolerance: float
 ) -> None:
     """Assert that layer ``index`` of ``model`` is the LMMSE map from X to Y."""
     linear = model.model.layers[index].self_attn.linear
@@ -141,7 +141,7 @@ def gptq(**fields: Any) -> GPTQModifier:
 
 def run(
     folder: Path, recipe: Any, rows: Dataset, **kwargs: Any
-) -> tuple[PreTrainedModel, NBLReport]:
+) -> tuple[Model, NBLReport]:
     """Run oneshot() with an NBLModifier, alone or first in a list."""
     model = compress(load(folder), recipe, rows, **kwargs)
     modifier = recipe[0] if isinstance(recipe, list) else recipe
@@ -285,7 +285,7 @@ def test_ignore_that_matches_nothing_is_said(llama: Path, rows: Dataset) -> None
 YAML = "default_stage: {default_modifiers: {NBLModifier: {num_layers: 2}}}"
 
 
-def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def weights(model: Model) -> dict[str, torch.Tensor]:
     """Return the maps of a model, its own copy."""
     return {
         name: parameter.detach().clone()
@@ -294,7 +294,7 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same_weights(model: PreTrainedModel, other: PreTrainedModel) -> None:
+def assert_same_weights(model: Model, other: Model) -> None:
     mine, theirs = weights(model), weights(other)
     assert mine.keys() == theirs.keys()
     assert mine
@@ -392,7 +392,7 @@ def test_tokens_outside_the_loss_do_not_count(llama: Path, rows: Dataset) -> Non
 # --- one pass, one layer at a time ----------------------------------------------------
 
 
-def count_calls(model: PreTrainedModel) -> list[int]:
+def count_calls(model: Model) -> list[int]:
     """Return a list that grows by one with each forward pass of the last layer."""
     calls: list[int] = []
     model.model.layers[-1].mlp.register_forward_hook(lambda *_: calls.append(1))
@@ -635,8 +635,8 @@ def test_model_of_a_failed_run_is_saved_as_what_it_is(
             output_dir=str(tmp_path / "never"),
         )
     assert list(tmp_path.iterdir()) == []
-    for name, options in (("dense", {"save_compressed": False}), ("quantized", {})):
-        model.save_pretrained(tmp_path / name, **options)
+    for name, packed in (("dense", False), ("quantized", True)):
+        model.save_pretrained(tmp_path / name, save_compressed=packed)
         assert (tmp_path / name / "nbl_report.json").exists()
     nbl_modifier.hf.register()
     saved = load(tmp_path / "quantized")

@@ -22,12 +22,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import torch
 from loguru import logger
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier
-from tests.tiny_llama import FOUR_BITS, compress, load, logits_of, token_rows
+from tests.tiny_llama import FOUR_BITS, Model, compress, load, logits_of, token_rows
 
 OPERATIONS = {
     "open",
@@ -54,7 +54,7 @@ for line in sys.stdin:
 """
 
 
-def make_model(folder: Path, scenario: str, layers: list[int]) -> PreTrainedModel:
+def make_model(folder: Path, scenario: str, layers: list[int]) -> Model:
     """Return a linearized model, quantized too in the scenario ``packed``."""
     from llmcompressor.modifiers.gptq import GPTQModifier
 
@@ -68,9 +68,7 @@ def make_model(folder: Path, scenario: str, layers: list[int]) -> PreTrainedMode
     return compress(load(folder), recipe, token_rows())
 
 
-def save_and_die(
-    model: PreTrainedModel, target: Path, operation: int, **kwargs: Any
-) -> bool:
+def save_and_die(model: Model, target: Path, operation: int, **kwargs: Any) -> bool:
     """
     Save in a child that is killed before its ``operation``-th file operation.
 

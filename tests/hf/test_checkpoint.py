@@ -7,6 +7,7 @@ memory, never as another one, whole or not at all.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from datasets import Dataset
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.transformers.compression import compressed_tensors_utils
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier
@@ -29,6 +30,7 @@ from nbl_modifier.report.schema import NBLReport
 from tests.tiny_llama import (
     FOUR_BITS,
     VOCAB_SIZE,
+    Model,
     compress,
     linearized,
     load,
@@ -55,7 +57,7 @@ def registered() -> None:
 
 def linearize(
     folder: Path, rows: Dataset, packed: bool = False, **kwargs: Any
-) -> PreTrainedModel:
+) -> Model:
     """Run NBL, and 4-bit GPTQ if ``packed``, on the model in ``folder``."""
     recipe: list[Any] = [NBLModifier(layers=LAYERS)]
     if packed:
@@ -72,7 +74,7 @@ def base(tied: bool, llama: Path, tied_llama: Path) -> Path:
     return tied_llama if tied else llama
 
 
-def generated(model: PreTrainedModel) -> list[int]:
+def generated(model: Model) -> list[int]:
     tokens = torch.randint(
         2, VOCAB_SIZE, (1, 8), generator=torch.Generator().manual_seed(1)
     )
@@ -84,18 +86,16 @@ def generated(model: PreTrainedModel) -> list[int]:
     return new
 
 
-def assert_loads_as(folder: Path, logits: Tensor, tokens: list[int]) -> PreTrainedModel:
+def assert_loads_as(folder: Path, logits: Tensor, tokens: list[int]) -> Model:
     """Assert that ``folder`` holds the model with these logits and nothing else."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True
-    )
+    loaded: Any = load(folder, output_loading_info=True)
+    model, info = loaded
     assert type(model).__name__ == "NBLLlamaForCausalLM"
     assert {name: found for name, found in info.items() if found} == {}
     assert linearized(model) == LAYERS
     assert torch.equal(logits_of(model), logits)
     assert generated(model) == tokens
-    result: PreTrainedModel = model
-    return result
+    return model
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def test_saved_later(
     model = linearize(base, rows, packed)
     logits, tokens = logits_of(model), generated(model)
     out = tmp_path / "new" / "out"
-    model.save_pretrained(out, **({"max_shard_size": shard} if shard else {}))
+    model.save_pretrained(out, max_shard_size=shard or "1GB")
     assert_loads_as(out, logits, tokens)
     shards = sorted(path.name for path in out.glob("*.safetensors"))
     index = out / "model.safetensors.index.json"
@@ -176,7 +176,7 @@ def test_no_shard_of_an_earlier_save_stays(
     model.save_pretrained(out, max_shard_size="20KB")
     many = len(list(out.glob("*.safetensors")))
     (out / "notes.txt").write_text("precious")
-    model.save_pretrained(out, **({"max_shard_size": shard} if shard else {}))
+    model.save_pretrained(out, max_shard_size=shard or "1GB")
     few = len(list(out.glob("*.safetensors")))
     assert few < many or shard == "20KB"
     assert (out / "model.safetensors.index.json").exists() == (shard is not None)
@@ -231,7 +231,7 @@ def test_base_models_spelling_is_kept(
     for out in (tmp_path / "out", tmp_path / "again"):
         model.save_pretrained(out)
         config = saved_config(out)
-        for name in ("model_type", "architectures", "nbl_config"):
+        for name in ("model_type", "architectures", "nbl_config", "auto_map"):
             config.pop(name)
         assert config == {
             name: value
@@ -246,9 +246,12 @@ def test_report_card_and_recipe(llama: Path, rows: Dataset, tmp_path: Path) -> N
     linearize(llama, rows, output_dir=str(out))
     assert {path.name for path in out.iterdir()} == {
         "README.md",
+        "architectures.py",  # for trust_remote_code
         "config.json",
+        "configuration_nbl.py",
         "generation_config.json",
         "model.safetensors",
+        "modeling_nbl.py",
         "nbl_report.json",
         "recipe.yaml",
         "tokenizer.json",
@@ -268,26 +271,40 @@ def test_report_card_and_recipe(llama: Path, rows: Dataset, tmp_path: Path) -> N
     assert str(llama.parent) not in card  # nothing about the machine it was made on
 
 
-REFUSAL = """
+STOCK = """
 import sys
+import torch
 from transformers import AutoModelForCausalLM
+from tests.tiny_llama import logits_of
+
+folder, logits = sys.argv[1:]
 try:
-    AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=False)
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 except ValueError as error:
     print(error)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+torch.save(logits_of(model), logits)
 assert "nbl_modifier" not in sys.modules
 """
 
 
-def test_stock_transformers_refuses(llama: Path, rows: Dataset, tmp_path: Path) -> None:
-    linearize(llama, rows, output_dir=str(tmp_path / "out"))
+def test_stock_transformers(llama: Path, rows: Dataset, tmp_path: Path) -> None:
+    """Without nbl_modifier it is refused, or loaded by the code beside the weights."""
+    out, logits = tmp_path / "out", tmp_path / "logits.pt"
+    model = linearize(llama, rows, output_dir=str(out))
     run = subprocess.run(
-        [sys.executable, "-c", REFUSAL, str(tmp_path / "out")],
+        [sys.executable, "-c", STOCK, str(out), str(logits)],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
-    assert "contains custom code which must be executed" in run.stdout
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "contains custom code" in run.stdout
+    assert "trust_remote_code=True" in run.stdout
+    # one thread or several: sums in another order
+    torch.testing.assert_close(torch.load(logits), logits_of(model), rtol=0, atol=1e-4)
 
 
 # --- where it may write ---------------------------------------------------------------
