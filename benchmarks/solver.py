@@ -2,10 +2,10 @@
 """
 Time the solver against the reference's algorithm, on the same statistics.
 
-Both answer what NBL asks of one attention layer: the weight from x to y and the CCA bound
-from x to y + x. Ours: Cholesky factors and triangular solves. Reference (NBL,
-arXiv:2505.21077, Algorithms 1 and 2): eigendecompositions of both covariances, SVD of the
-whitened cross-covariance, and the inverse of C_xx for the weight. Both in torch,
+Both answer what NBL asks of one attention layer: the weight from x to y and the CCA
+bound from x to y + x. Ours: Cholesky factors and triangular solves. Reference (NBL,
+arXiv:2505.21077, Algorithms 1 and 2): eigendecompositions of both covariances, SVD of
+the whitened cross-covariance, and the inverse of C_xx for the weight. Both in torch,
 float64, alternating in one process; run as
 
     python benchmarks/solver.py --d 2048

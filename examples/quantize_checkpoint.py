@@ -32,6 +32,5 @@ oneshot(model=MODEL_ID, recipe=NBLModifier(num_layers=4), output_dir=LINEARIZED,
 
 recipe = GPTQModifier(scheme="W4A16", targets="Linear", ignore=["lm_head"])
 model = oneshot(model=LINEARIZED, recipe=recipe, output_dir=OUTPUT, **data)
-print(
-    f"{OUTPUT}: {type(model).__name__}, layers {list(model.config.nbl_config['layers'])}"
-)
+layers = list(model.config.nbl_config["layers"])
+print(f"{OUTPUT}: {type(model).__name__}, linear layers {layers}")

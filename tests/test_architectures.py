@@ -10,7 +10,9 @@ import transformers
 from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture_of
 from tests.tiny_llama import load
 
-ROWS = pytest.mark.parametrize("row", ARCHITECTURES.values(), ids=lambda r: r.model_type)
+ROWS = pytest.mark.parametrize(
+    "row", ARCHITECTURES.values(), ids=lambda r: r.model_type
+)
 
 
 def test_llama_is_supported() -> None:
@@ -21,7 +23,9 @@ def test_llama_is_supported() -> None:
 def test_names_exist_in_transformers(row: Architecture) -> None:
     causal_lm = getattr(transformers, row.causal_lm)
     assert causal_lm.config_class.model_type == row.model_type
-    assert issubclass(getattr(transformers, row.base_model), transformers.PreTrainedModel)
+    assert issubclass(
+        getattr(transformers, row.base_model), transformers.PreTrainedModel
+    )
 
 
 @ROWS
@@ -41,8 +45,9 @@ def test_names_of_llama() -> None:
 
 def test_paths_lead_to_attention_and_norm(llama: Path) -> None:
     model, row = load(llama), ARCHITECTURES["llama"]
-    assert len(model.get_submodule(row.layers)) == model.config.num_hidden_layers
-    for index, layer in enumerate(model.get_submodule(row.layers)):
+    layers = model.get_submodule(row.layers)
+    assert len(layers) == model.config.num_hidden_layers == 4
+    for index, layer in enumerate(layers):
         attention = model.get_submodule(row.attention_name(index))
         assert attention is layer.get_submodule(row.attention)
         assert {"q_proj", "o_proj"} <= dict(attention.named_children()).keys()

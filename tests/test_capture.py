@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows are data, and that a layer's statistics are those of exactly these rows."""
+"""Which rows are data, and that a layer's statistics are those of just these rows."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ LEFT = RIGHT.flip(1)
 PADDINGS = {"none": torch.ones_like(RIGHT), "right": RIGHT, "left": LEFT}
 
 
-def model_mask(llama: Path, padding: Tensor) -> Tensor | None:
+def model_mask(llama: Path, padding: Tensor) -> Any:
     """Return the mask that transformers makes for eager attention."""
     model = load(llama, attn_implementation="eager")
     hidden_states = torch.zeros(*padding.shape, 32)
@@ -93,7 +94,7 @@ def test_eager_attention_without_a_mask_raises(llama: Path) -> None:
 def test_other_attention_needs_no_mask(llama: Path) -> None:
     check_causal(NAME, attention_of(llama, "sdpa"), None)
     check_causal(NAME, attention_of(llama, "eager"), torch.zeros(1, 1, 2, 2))
-    bidirectional = attention_of(llama, "eager")
+    bidirectional: Any = attention_of(llama, "eager")
     bidirectional.is_causal = False
     check_causal(NAME, bidirectional, None)
 
@@ -117,7 +118,7 @@ def batches(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     return found
 
 
-def rows_of(index: int, data: list[tuple[Tensor, ...]]) -> np.ndarray:
+def rows_of(index: int, data: Sequence[tuple[Tensor, ...]]) -> np.ndarray:
     return torch.cat([batch[index][batch[3]] for batch in data]).double().numpy()
 
 
@@ -164,6 +165,8 @@ def test_masked_rows_have_no_influence() -> None:
             values[~valid] = torch.nan
         poisoned.update(residual, normalized, output, valid)
     for mine, theirs in zip(plain.finalize(), poisoned.finalize(), strict=True):
+        assert mine is not None
+        assert theirs is not None
         assert torch.equal(mine.cov_yx, theirs.cov_yx)
 
 
@@ -176,6 +179,8 @@ def test_all_tokens_are_data_without_a_mask() -> None:
     plain.update(residual, normalized, output, None)
     assert plain.num_tokens == residual.shape[0] * residual.shape[1]
     for mine, theirs in zip(plain.finalize(), masked.finalize(), strict=True):
+        assert mine is not None
+        assert theirs is not None
         assert torch.equal(mine.cov_yx, theirs.cov_yx)
 
 

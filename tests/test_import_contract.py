@@ -38,7 +38,8 @@ class Layer:
 LAYERS = {
     "cli": Layer(
         ours="modifier evaluation report data hf architectures",
-        lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru yaml vllm",
+        lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru"
+        " yaml vllm",
     ),
     "modifier": Layer(
         ours="calibration composition saving smoothing preflight surgery upstream"

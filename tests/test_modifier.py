@@ -24,7 +24,6 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.recipe import Recipe
 from loguru import logger
 from torch import nn
-from transformers import PreTrainedModel
 
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier, data
@@ -35,6 +34,7 @@ from tests.numerics import oracle
 from tests.tiny_llama import (
     DEMO_MODEL,
     FOUR_BITS,
+    Model,
     compress,
     demo_tokenizer,
     linearized,
@@ -52,8 +52,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Kind = Literal["residual", "normalized"]
 INPUTS = pytest.mark.parametrize("kind", ["residual", "normalized"])
 # W is rounded to float32: 2^-24 = 6e-8 of each entry. Before that it is the float64
-# solution of the same activations, bit for bit, whose own error is below 1e-16 times the
-# condition number, here 1e3. Left to spare: other orders of summation.
+# solution of the same activations, bit for bit, whose own error is below 1e-16 times
+# the condition number, here 1e3. Left to spare: other orders of summation.
 ROUNDED = 1e-7
 
 
@@ -103,7 +103,9 @@ def activations(
             found["R"].append(take(args[0]))
             found["X"].append(take(output))
 
-        def see_attention(_: nn.Module, __: Any, output: Any, found: Any = found) -> None:
+        def see_attention(
+            _: nn.Module, __: Any, output: Any, found: Any = found
+        ) -> None:
             found["A"].append(take(output[0]))
 
         layer.input_layernorm.register_forward_hook(see_norm)
@@ -118,7 +120,7 @@ def activations(
 
 
 def assert_map(
-    model: PreTrainedModel, index: int, X: np.ndarray, Y: np.ndarray, tolerance: float
+    model: Model, index: int, X: np.ndarray, Y: np.ndarray, tolerance: float
 ) -> None:
     """Assert that layer ``index`` of ``model`` is the LMMSE map from X to Y."""
     linear = model.model.layers[index].self_attn.linear
@@ -139,7 +141,7 @@ def gptq(**fields: Any) -> GPTQModifier:
 
 def run(
     folder: Path, recipe: Any, rows: Dataset, **kwargs: Any
-) -> tuple[PreTrainedModel, NBLReport]:
+) -> tuple[Model, NBLReport]:
     """Run oneshot() with an NBLModifier, alone or first in a list."""
     model = compress(load(folder), recipe, rows, **kwargs)
     modifier = recipe[0] if isinstance(recipe, list) else recipe
@@ -283,7 +285,7 @@ def test_ignore_that_matches_nothing_is_said(llama: Path, rows: Dataset) -> None
 YAML = "default_stage: {default_modifiers: {NBLModifier: {num_layers: 2}}}"
 
 
-def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def weights(model: Model) -> dict[str, torch.Tensor]:
     """Return the maps of a model, its own copy."""
     return {
         name: parameter.detach().clone()
@@ -292,7 +294,7 @@ def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }
 
 
-def assert_same_weights(model: PreTrainedModel, other: PreTrainedModel) -> None:
+def assert_same_weights(model: Model, other: Model) -> None:
     mine, theirs = weights(model), weights(other)
     assert mine.keys() == theirs.keys()
     assert mine
@@ -381,9 +383,7 @@ def test_tokens_outside_the_loss_do_not_count(llama: Path, rows: Dataset) -> Non
     generator = torch.Generator().manual_seed(5)
     masks = (torch.rand(16, 64, generator=generator) < 0.6).long().tolist()
     masked = rows.add_column("loss_mask", masks)
-    model, report = run(
-        llama, NBLModifier(num_layers=4), masked, use_loss_mask=True
-    )
+    model, report = run(llama, NBLModifier(num_layers=4), masked, use_loss_mask=True)
     assert report.num_tokens == sum(map(sum, masks))
     for index, seen in enumerate(activations(llama, rows, masks)):
         assert_map(model, index, seen.residual, seen.output, ROUNDED)
@@ -392,7 +392,7 @@ def test_tokens_outside_the_loss_do_not_count(llama: Path, rows: Dataset) -> Non
 # --- one pass, one layer at a time ----------------------------------------------------
 
 
-def count_calls(model: PreTrainedModel) -> list[int]:
+def count_calls(model: Model) -> list[int]:
     """Return a list that grows by one with each forward pass of the last layer."""
     calls: list[int] = []
     model.model.layers[-1].mlp.register_forward_hook(lambda *_: calls.append(1))
@@ -635,8 +635,8 @@ def test_model_of_a_failed_run_is_saved_as_what_it_is(
             output_dir=str(tmp_path / "never"),
         )
     assert list(tmp_path.iterdir()) == []
-    for name, options in (("dense", {"save_compressed": False}), ("quantized", {})):
-        model.save_pretrained(tmp_path / name, **options)
+    for name, packed in (("dense", False), ("quantized", True)):
+        model.save_pretrained(tmp_path / name, save_compressed=packed)
         assert (tmp_path / name / "nbl_report.json").exists()
     nbl_modifier.hf.register()
     saved = load(tmp_path / "quantized")

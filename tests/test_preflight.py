@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -30,6 +29,7 @@ from nbl_modifier import NBLModifier
 from tests.tiny_llama import (
     FOUR_BITS,
     VOCAB_SIZE,
+    Model,
     compress,
     linearized,
     load,
@@ -44,7 +44,7 @@ Snapshot = dict[Path, bytes | None]
 
 
 def snapshot(folder: Path) -> Snapshot:
-    """Return every file below ``folder`` with its content, every directory with None."""
+    """Return the content of every file below ``folder``, None for directories."""
     return {
         path: None if path.is_dir() else path.read_bytes() for path in folder.rglob("*")
     }
@@ -57,7 +57,7 @@ def nothing_written(folder: Path) -> Iterator[None]:
     assert snapshot(folder) == before
 
 
-def count_calls(model: PreTrainedModel) -> list[int]:
+def count_calls(model: Model) -> list[int]:
     """Return a list that grows with each batch that goes through ``model``."""
     calls: list[int] = []
     embedding = model.get_input_embeddings()
@@ -67,7 +67,7 @@ def count_calls(model: PreTrainedModel) -> list[int]:
 
 def refused(
     folder: Path,
-    model: PreTrainedModel | Path,
+    model: Model | Path,
     recipe: Any,
     rows: Dataset | DataLoader | None,
     error: type[Exception] = ValueError,
@@ -77,7 +77,7 @@ def refused(
     Run oneshot(), which must refuse; return the message.
 
     :param folder: where nothing may be written
-    :param kwargs: of oneshot; ``output_dir`` is a new directory in ``folder`` by default
+    :param kwargs: of oneshot; by default ``output_dir`` is new, in ``folder``
     """
     kwargs.setdefault("output_dir", str(folder / "out"))
     if isinstance(model, Path):
@@ -152,12 +152,12 @@ def test_fields_are_checked_where_the_modifier_is_made() -> None:
 # --- models ---------------------------------------------------------------------------
 
 
-def tiny_gpt2() -> PreTrainedModel:
+def tiny_gpt2() -> Model:
     config = GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=2)
     return GPT2LMHeadModel(config)
 
 
-def tiny_qwen2() -> PreTrainedModel:
+def tiny_qwen2() -> Model:
     config = Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
@@ -376,7 +376,8 @@ def test_empty_calibration_set(llama: Path, tmp_path: Path, shuffle: bool) -> No
 
 
 def test_empty_loader(llama: Path, tmp_path: Path) -> None:
-    message = refused(tmp_path, llama, one_layer(), DataLoader([]))
+    nothing: Any = []
+    message = refused(tmp_path, llama, one_layer(), DataLoader(nothing))
     assert "the calibration set is empty" in message
 
 

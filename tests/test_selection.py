@@ -54,9 +54,7 @@ def test_impossible_choices_are_refused(fields: dict) -> None:
         choose_layers(SCORES, "nmse", **fields)
 
 
-@given(
-    st.dictionaries(st.integers(0, 80), st.floats(0, 1e6), min_size=1), st.data()
-)
+@given(st.dictionaries(st.integers(0, 80), st.floats(0, 1e6), min_size=1), st.data())
 def test_no_kept_layer_scores_below_a_chosen_one(
     scores: dict[int, float], data: st.DataObject
 ) -> None:

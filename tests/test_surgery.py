@@ -4,7 +4,7 @@
 import gc
 import weakref
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,13 +14,12 @@ from compressed_tensors.offload import (
     set_onload_device,
 )
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.hf.modeling_nbl import LinearizedAttention
 from nbl_modifier.surgery import replace_attention, weight_dtype
-from tests.tiny_llama import load, load_on_disk, save_llama
+from tests.tiny_llama import Model, load, load_on_disk, save_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,10 +35,10 @@ def linear_map(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def replace(
-    model: PreTrainedModel,
+    model: Model,
     kind: Literal["residual", "normalized"] = "residual",
     dtype: torch.dtype = torch.float32,
-) -> nn.Module:
+) -> Any:
     """Replace attention in layer ``INDEX``; return the decoder layer."""
     layer = model.model.layers[INDEX]
     weight, bias = linear_map(dtype)
@@ -47,7 +46,7 @@ def replace(
     return layer
 
 
-def run(layer: nn.Module) -> Tensor:
+def run(layer: Any) -> Tensor:
     """Return the decoder layer's output on fixed input."""
     generator = torch.Generator().manual_seed(1)
     hidden_states = torch.randn(1, 5, WIDTH, generator=generator)
@@ -56,7 +55,7 @@ def run(layer: nn.Module) -> Tensor:
     return output
 
 
-def expected(layer: nn.Module, kind: str) -> Tensor:
+def expected(layer: Any, kind: str) -> Tensor:
     """Return what ``run`` should, from the map and the modules that are kept."""
     generator = torch.Generator().manual_seed(1)
     hidden_states = torch.randn(1, 5, WIDTH, generator=generator)
@@ -137,7 +136,9 @@ def test_offload_settings_are_kept(
         model = load(llama)
         set_onload_device(model, torch.device("cpu"))
     wanted = settings(model.model.layers[INDEX].self_attn.q_proj)
-    assert wanted["offload_device"] == ("disk" if place == "disk" else torch.device("cpu"))
+    assert wanted["offload_device"] == (
+        "disk" if place == "disk" else torch.device("cpu")
+    )
     layer = replace(model, kind)
     assert settings(layer.self_attn.linear) == wanted
     assert settings(layer.self_attn)["class"] == wanted["class"]

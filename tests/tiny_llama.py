@@ -16,9 +16,11 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 DEMO_MODEL = Path(__file__).parents[1] / "examples" / "models" / "pycode-4m"
+# A PreTrainedModel; to a type checker each of its attributes may also be a tensor.
+Model = Any
 VOCAB_SIZE = 128
 MAX_LENGTH = 256
 # 4 bits like W4A16, in groups that fit hidden sizes of 32 and more.
@@ -88,7 +90,7 @@ def save_tiny(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model: Model = AutoModelForCausalLM.from_config(config)
         for name, weight in model.named_parameters():
             if "norm" in name:
                 torch.nn.init.normal_(weight, mean=1.0, std=0.3)
@@ -96,14 +98,14 @@ def save_tiny(
     return folder
 
 
-def load(folder: Path | str, **kwargs: Any) -> PreTrainedModel:
+def load(folder: Path | str, **kwargs: Any) -> Model:
     """Return the causal language model saved in ``folder``."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs)
 
 
-def load_on_disk(folder: Path, offload_folder: Path) -> PreTrainedModel:
+def load_on_disk(folder: Path, offload_folder: Path) -> Model:
     """Load a random Llama as llm-compressor does one of which little fits in memory."""
     from compressed_tensors.offload import load_offloaded_model
     from transformers import AutoModelForCausalLM
@@ -149,11 +151,11 @@ def demo_tokenizer(padding_side: str = "right") -> PreTrainedTokenizerBase:
 
 
 def compress(
-    model: PreTrainedModel | str | Path,
+    model: Model | str | Path,
     recipe: Any,
     rows: Dataset | None,
     **kwargs: Any,
-) -> PreTrainedModel:
+) -> Model:
     """
     Run oneshot() and return its model.
 
@@ -176,7 +178,7 @@ def compress(
     )
 
 
-def logits_of(model: PreTrainedModel, seed: int = 7) -> Tensor:
+def logits_of(model: Model, seed: int = 7) -> Tensor:
     """Return ``model``'s logits on two fixed random sequences of 24 tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(2, VOCAB_SIZE, (2, 24), generator=generator)
@@ -184,8 +186,8 @@ def logits_of(model: PreTrainedModel, seed: int = 7) -> Tensor:
         return model.eval()(tokens, use_cache=False).logits
 
 
-def linearized(model: PreTrainedModel) -> list[int]:
-    """Return the decoder layers of a Llama whose attention is linear, by the modules."""
+def linearized(model: Model) -> list[int]:
+    """Return the decoder layers of a Llama in which attention is a linear map."""
     return [
         index
         for index, layer in enumerate(model.model.layers)

@@ -25,6 +25,13 @@ from .modeling_nbl import model_class
 __all__ = ["check_output_directory", "convert_in_place", "publish_on_save"]
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# What transformers needs to load a checkpoint; torch and transformers are all that it
+# imports.
+_MODELLING_CODE = (
+    Path(__file__).parents[1] / "architectures.py",
+    Path(__file__).with_name("configuration_nbl.py"),
+    Path(__file__).with_name("modeling_nbl.py"),
+)
 # Inside the target rather than beside it: files can be moved out of it in one step even
 # where the target is a mount point, and the directory above need not be writable.
 _STAGING = ".nbl-incomplete"
@@ -110,9 +117,10 @@ def publish_on_save(
     Make ``model.save_pretrained`` write a linearized checkpoint, whole or not at all.
 
     The checkpoint is written to a hidden directory inside the target and moved up when
-    it is complete. Until the very last step its ``config.json`` lacks the ``nbl_config``
-    block, without which nothing loads it, so that a run killed at any moment leaves no
-    directory that loads. Wraps llm-compressor's own wrapper, which compresses.
+    it is complete. Until the very last step its ``config.json`` lacks the
+    ``nbl_config`` block, without which nothing loads it, so that a run killed at any
+    moment leaves no directory that loads. Wraps llm-compressor's own wrapper, which
+    compresses.
 
     :param model: the causal language model, with layers replaced
     :param architecture: its family
@@ -144,6 +152,7 @@ def publish_on_save(
                 inner(str(staging), *args, **kwargs)
             if is_source_process():
                 content = _finished_config(staging, model.config, architecture)
+                _copy_modelling_code(staging)
                 extra_files(staging)
                 _move_into_place(staging, target, content)
         finally:
@@ -168,8 +177,8 @@ def _unfinished_config(
     ``config._name_or_path`` (llmcompressor 0.14.0.1,
     transformers/compression/compressed_tensors_utils.py, ``resave_config``): the base
     model's, under which the checkpoint would load with random attention weights. It
-    finds one of the linearized model type instead. Stock transformers does not know that
-    type, and its own classes refuse it without the ``nbl_config`` block, which
+    finds one of the linearized model type instead. Stock transformers does not know
+    that type, and its own classes refuse it without the ``nbl_config`` block, which
     :func:`_finished_config` adds.
     """
     name_or_path, block = config._name_or_path, config.nbl_config
@@ -223,7 +232,28 @@ def _finished_config(
             "would load as the base model with random attention weights, so nothing "
             "was kept. nbl_modifier was not tested with this llm-compressor."
         )
-    return saved | {"nbl_config": config.nbl_config}
+    return saved | {
+        "nbl_config": config.nbl_config,
+        "auto_map": {
+            "AutoConfig": f"configuration_nbl.{config_class(architecture).__name__}",
+            "AutoModel": f"modeling_nbl.{architecture.nbl_base_model}",
+            "AutoModelForCausalLM": f"modeling_nbl.{architecture.nbl_causal_lm}",
+        },
+    }
+
+
+def _copy_modelling_code(directory: Path) -> None:
+    """
+    Let transformers load the checkpoint without nbl_modifier, where the user allows it.
+
+    With ``trust_remote_code=True`` the classes of ``auto_map`` come from these files.
+    Where nbl_modifier is registered they are not looked at.
+    """
+    for source in _MODELLING_CODE:
+        text = source.read_text(encoding="utf-8")
+        # Beside a checkpoint there is no package to import from, only siblings.
+        text = text.replace("from nbl_modifier.architectures", "from .architectures")
+        (directory / source.name).write_text(text, encoding="utf-8")
 
 
 def _move_into_place(staging: Path, target: Path, config: dict[str, Any]) -> None:

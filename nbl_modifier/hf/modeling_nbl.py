@@ -8,6 +8,7 @@ this file is also copied beside checkpoints (``trust_remote_code=True``).
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture_of
 
-from .configuration_nbl import LinearizedLayer, NBLConfigMixin, config_class
+from .configuration_nbl import LinearizedLayer, config_class
 
 __all__ = [
     "LinearizedAttention",
@@ -43,18 +44,19 @@ class LinearizedAttention(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
         """
         Return the map of every position, and no attention weights.
 
         :param hidden_states: ``[batch, tokens, hidden_size]``
-        :param kwargs: what the decoder layer passes to attention; of these only the
-            cache is used
+        :param past_key_values: the KV cache, told how many tokens were seen
         """
-        for value in kwargs.values():
-            if isinstance(value, Cache):
-                _advance(value, self.layer_idx, hidden_states)
+        if past_key_values is not None:
+            _advance(past_key_values, self.layer_idx, hidden_states)
         return self.linear(hidden_states), None
 
 
@@ -73,14 +75,15 @@ def _advance(cache: Cache, layer_idx: int, hidden_states: torch.Tensor) -> None:
     heads = key_size = value_size = 1
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     if isinstance(layer, StaticLayer) and layer.is_initialized:
-        heads, key_size, value_size = layer.num_heads, layer.k_head_dim, layer.v_head_dim
+        heads = layer.num_heads
+        key_size, value_size = layer.k_head_dim, layer.v_head_dim
     key = hidden_states.new_zeros(batch, heads, tokens, key_size)
     value = hidden_states.new_zeros(batch, heads, tokens, value_size)
     cache.update(key, value, layer_idx)
 
 
 def decoder_layers(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
-    """Return the decoder layers of a causal language model or of its base model."""
+    """Return the decoder layers of a causal language model or its base model."""
     if isinstance(model, PreTrainedModel) and model.base_model is model:
         # A base model has no outer `model.`: its own attributes start one level down.
         path = architecture.layers.removeprefix(model.base_model_prefix + ".")
@@ -120,8 +123,7 @@ def linearize_attention(
 
 def _linearize_skeleton(model: PreTrainedModel) -> None:
     """Swap the layers that ``model.config`` names, with weights yet to be loaded."""
-    config = model.config
-    assert isinstance(config, NBLConfigMixin)
+    config: Any = model.config
     architecture = architecture_of(config.model_type)
     layers = decoder_layers(model, architecture)
     for index, spec in config.linearized_layers().items():
@@ -130,6 +132,8 @@ def _linearize_skeleton(model: PreTrainedModel) -> None:
 
 
 def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -> type:
+    # The stock signature, whose annotations vLLM and transformers inspect.
+    @wraps(base.__init__)
     def initialize(
         self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any
     ) -> None:

@@ -70,12 +70,12 @@ vllm serve {directory}
 Without the package both refuse the checkpoint:
 
 ```
-The checkpoint you are trying to load has model type `nbl_{model_type}` but \
-Transformers does not recognize this architecture.
+The repository {directory} contains custom code which must be executed to correctly \
+load the model.
 ```
 
-Upgrading transformers, as that message goes on to suggest, does not help; installing
-`nbl-modifier` does.
+transformers then also loads it with `trust_remote_code=True`, from the modelling files
+in this directory. vLLM needs the package in any case.
 
 ## Made with
 

@@ -43,7 +43,7 @@ def test_shipped_recipes_parse_and_say_how_to_run_them(name: str) -> None:
 
 
 def test_papers_settings() -> None:
-    """arXiv:2505.21077: m of K layers, in order of the bound, on the residual stream."""
+    """arXiv:2505.21077: m of K layers in order of the bound, on the residual stream."""
     settings = []
     for name in PAPER:
         (modifier,) = load_recipe(str(ROOT / "recipes" / name)).modifiers

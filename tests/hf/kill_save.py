@@ -3,9 +3,9 @@
 Kills a save at every file operation, and looks what the directories load as.
 
 Run by test_checkpoint.py in a process of its own: python kill_save.py MODEL FOLDER
-SCENARIO. Each save runs in a forked child that dies by os._exit(), without any cleanup,
-right before its n-th file operation below FOLDER, for n = 1, 2, ... until it finishes.
-Prints a JSON object.
+SCENARIO... Each save runs in a forked child that dies by os._exit(), without any
+cleanup, right before its n-th file operation below FOLDER, for n = 1, 2, ... until it
+finishes. Prints a JSON object, results by scenario.
 """
 
 import json
@@ -15,19 +15,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import torch
 from loguru import logger
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier
-from tests.tiny_llama import FOUR_BITS, compress, load, logits_of, token_rows
+from tests.tiny_llama import FOUR_BITS, Model, compress, load, logits_of, token_rows
 
 OPERATIONS = {
     "open",
@@ -47,14 +47,14 @@ import sys
 from transformers import AutoModelForCausalLM
 for line in sys.stdin:
     try:
-        AutoModelForCausalLM.from_pretrained(line.strip())
+        AutoModelForCausalLM.from_pretrained(line.strip(), trust_remote_code=False)
         print("loads", flush=True)
     except (OSError, ValueError, KeyError, RuntimeError):
         print("refused", flush=True)
 """
 
 
-def make_model(folder: Path, scenario: str, layers: list[int]) -> PreTrainedModel:
+def make_model(folder: Path, scenario: str, layers: list[int]) -> Model:
     """Return a linearized model, quantized too in the scenario ``packed``."""
     from llmcompressor.modifiers.gptq import GPTQModifier
 
@@ -68,9 +68,7 @@ def make_model(folder: Path, scenario: str, layers: list[int]) -> PreTrainedMode
     return compress(load(folder), recipe, token_rows())
 
 
-def save_and_die(
-    model: PreTrainedModel, target: Path, operation: int, **kwargs: Any
-) -> bool:
+def save_and_die(model: Model, target: Path, operation: int, **kwargs: Any) -> bool:
     """
     Save in a child that is killed before its ``operation``-th file operation.
 
@@ -117,33 +115,54 @@ def loaded_as(path: Path, known: dict[str, torch.Tensor]) -> str | None:
     return "something else"
 
 
-def ask(stock: "subprocess.Popen[str]", path: Path) -> str:
-    """Return what transformers without nbl_modifier says to ``path``."""
-    requests, answers = stock.stdin, stock.stdout
-    assert isinstance(requests, IO) or requests is not None
-    assert answers is not None
-    print(path, file=requests, flush=True)
-    return answers.readline().strip()
+class Stock:
+    """A process with transformers and without nbl_modifier."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", STOCK],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def loads(self, path: Path) -> bool:
+        """Return whether it loads ``path``."""
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None
+        assert answers is not None
+        print(path, file=requests, flush=True)
+        answer = answers.readline().strip()
+        assert answer in ("loads", "refused"), answer
+        return answer == "loads"
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.wait()
 
 
-def main(model_folder: Path, folder: Path, scenario: str) -> dict[str, Any]:
-    """Return how many kills there were, and what was loaded after them."""
+def run(
+    model_folder: Path, folder: Path, scenario: str, stock: Stock
+) -> dict[str, Any]:
+    """
+    Return how many kills there were, and what was loaded after them.
+
+    :param model_folder: the model to compress
+    :param folder: where to work
+    :param scenario: ``new``, ``packed`` (quantized, too) or ``overwrite``
+    :param stock: what must never load anything
+    """
     model = make_model(model_folder, scenario, layers=[0, 2])
     known = {"new": logits_of(model)}
     template = folder / "template"
-    template.mkdir()
+    template.mkdir(parents=True)
     if scenario == "overwrite":
         old = make_model(model_folder, scenario, layers=[1])
         known["old"] = logits_of(old)
         old.save_pretrained(template / "out", max_shard_size="20KB")
     options = {"max_shard_size": "60KB"} if scenario == "overwrite" else {}
-    stock = subprocess.Popen(
-        [sys.executable, "-c", STOCK],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
     wrong: list[str] = []
     seen: set[str | None] = set()
     kills, finished = 0, False
@@ -157,12 +176,11 @@ def main(model_folder: Path, folder: Path, scenario: str) -> dict[str, Any]:
             found = loaded_as(path, known)
             if found is not None and (path != target or found not in known):
                 wrong.append(f"{path} after {kills} operations: {found}")
-            if ask(stock, path) != "refused":
+            if stock.loads(path):
                 wrong.append(f"{path} after {kills} operations: loads in transformers")
-        seen.add(loaded_as(target, known))
         last = loaded_as(target, known)
+        seen.add(last)
         shutil.rmtree(parent)
-    stock.terminate()
     return {"kills": kills, "wrong": wrong, "seen": list(seen), "finished": last}
 
 
@@ -171,5 +189,11 @@ if __name__ == "__main__":
     logger.remove()
     logging.set_verbosity_error()
     nbl_modifier.hf.register()
-    report = main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
-    print(json.dumps(report))  # noqa: T201  (to the test that started this)
+    stock_transformers = Stock()
+    assert stock_transformers.loads(Path(sys.argv[1]))  # it can say so
+    results = {
+        name: run(Path(sys.argv[1]), Path(sys.argv[2]) / name, name, stock_transformers)
+        for name in sys.argv[3:]
+    }
+    stock_transformers.stop()
+    print(json.dumps(results))  # noqa: T201  (to the test that started this)

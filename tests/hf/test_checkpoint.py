@@ -7,6 +7,7 @@ memory, never as another one, whole or not at all.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from datasets import Dataset
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.transformers.compression import compressed_tensors_utils
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier
@@ -29,6 +30,7 @@ from nbl_modifier.report.schema import NBLReport
 from tests.tiny_llama import (
     FOUR_BITS,
     VOCAB_SIZE,
+    Model,
     compress,
     linearized,
     load,
@@ -55,7 +57,7 @@ def registered() -> None:
 
 def linearize(
     folder: Path, rows: Dataset, packed: bool = False, **kwargs: Any
-) -> PreTrainedModel:
+) -> Model:
     """Run NBL, and 4-bit GPTQ if ``packed``, on the model in ``folder``."""
     recipe: list[Any] = [NBLModifier(layers=LAYERS)]
     if packed:
@@ -72,7 +74,7 @@ def base(tied: bool, llama: Path, tied_llama: Path) -> Path:
     return tied_llama if tied else llama
 
 
-def generated(model: PreTrainedModel) -> list[int]:
+def generated(model: Model) -> list[int]:
     tokens = torch.randint(
         2, VOCAB_SIZE, (1, 8), generator=torch.Generator().manual_seed(1)
     )
@@ -84,18 +86,16 @@ def generated(model: PreTrainedModel) -> list[int]:
     return new
 
 
-def assert_loads_as(folder: Path, logits: Tensor, tokens: list[int]) -> PreTrainedModel:
+def assert_loads_as(folder: Path, logits: Tensor, tokens: list[int]) -> Model:
     """Assert that ``folder`` holds the model with these logits and nothing else."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True
-    )
+    loaded: Any = load(folder, output_loading_info=True)
+    model, info = loaded
     assert type(model).__name__ == "NBLLlamaForCausalLM"
     assert {name: found for name, found in info.items() if found} == {}
     assert linearized(model) == LAYERS
     assert torch.equal(logits_of(model), logits)
     assert generated(model) == tokens
-    result: PreTrainedModel = model
-    return result
+    return model
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def test_saved_later(
     model = linearize(base, rows, packed)
     logits, tokens = logits_of(model), generated(model)
     out = tmp_path / "new" / "out"
-    model.save_pretrained(out, **({"max_shard_size": shard} if shard else {}))
+    model.save_pretrained(out, max_shard_size=shard or "1GB")
     assert_loads_as(out, logits, tokens)
     shards = sorted(path.name for path in out.glob("*.safetensors"))
     index = out / "model.safetensors.index.json"
@@ -176,7 +176,7 @@ def test_no_shard_of_an_earlier_save_stays(
     model.save_pretrained(out, max_shard_size="20KB")
     many = len(list(out.glob("*.safetensors")))
     (out / "notes.txt").write_text("precious")
-    model.save_pretrained(out, **({"max_shard_size": shard} if shard else {}))
+    model.save_pretrained(out, max_shard_size=shard or "1GB")
     few = len(list(out.glob("*.safetensors")))
     assert few < many or shard == "20KB"
     assert (out / "model.safetensors.index.json").exists() == (shard is not None)
@@ -231,7 +231,7 @@ def test_base_models_spelling_is_kept(
     for out in (tmp_path / "out", tmp_path / "again"):
         model.save_pretrained(out)
         config = saved_config(out)
-        for name in ("model_type", "architectures", "nbl_config"):
+        for name in ("model_type", "architectures", "nbl_config", "auto_map"):
             config.pop(name)
         assert config == {
             name: value
@@ -241,25 +241,17 @@ def test_base_models_spelling_is_kept(
         assert_loads_as(out, logits_of(model), generated(model))
 
 
-def test_base_model_that_was_moved_away(
-    llama: Path, rows: Dataset, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(llama, folder)
-    model = linearize(folder, rows)
-    shutil.rmtree(folder)
-    model.save_pretrained(tmp_path / "out")
-    assert_loads_as(tmp_path / "out", logits_of(model), generated(model))
-
-
 def test_report_card_and_recipe(llama: Path, rows: Dataset, tmp_path: Path) -> None:
     out = tmp_path / "out"
     linearize(llama, rows, output_dir=str(out))
     assert {path.name for path in out.iterdir()} == {
         "README.md",
+        "architectures.py",  # for trust_remote_code
         "config.json",
+        "configuration_nbl.py",
         "generation_config.json",
         "model.safetensors",
+        "modeling_nbl.py",
         "nbl_report.json",
         "recipe.yaml",
         "tokenizer.json",
@@ -279,27 +271,40 @@ def test_report_card_and_recipe(llama: Path, rows: Dataset, tmp_path: Path) -> N
     assert str(llama.parent) not in card  # nothing about the machine it was made on
 
 
-REFUSAL = """
+STOCK = """
 import sys
+import torch
 from transformers import AutoModelForCausalLM
+from tests.tiny_llama import logits_of
+
+folder, logits = sys.argv[1:]
 try:
-    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 except ValueError as error:
     print(error)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+torch.save(logits_of(model), logits)
 assert "nbl_modifier" not in sys.modules
 """
 
 
-def test_stock_transformers_refuses(llama: Path, rows: Dataset, tmp_path: Path) -> None:
-    linearize(llama, rows, output_dir=str(tmp_path / "out"))
+def test_stock_transformers(llama: Path, rows: Dataset, tmp_path: Path) -> None:
+    """Without nbl_modifier it is refused, or loaded by the code beside the weights."""
+    out, logits = tmp_path / "out", tmp_path / "logits.pt"
+    model = linearize(llama, rows, output_dir=str(out))
     run = subprocess.run(
-        [sys.executable, "-c", REFUSAL, str(tmp_path / "out")],
+        [sys.executable, "-c", STOCK, str(out), str(logits)],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
-    assert "model type `nbl_llama`" in run.stdout
-    assert "does not recognize" in run.stdout
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "contains custom code" in run.stdout
+    assert "trust_remote_code=True" in run.stdout
+    # one thread or several: sums in another order
+    torch.testing.assert_close(torch.load(logits), logits_of(model), rtol=0, atol=1e-4)
 
 
 # --- where it may write ---------------------------------------------------------------
@@ -405,7 +410,9 @@ def test_base_models_config_is_never_published(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_killed_save_can_be_repeated(llama: Path, rows: Dataset, tmp_path: Path) -> None:
+def test_killed_save_can_be_repeated(
+    llama: Path, rows: Dataset, tmp_path: Path
+) -> None:
     """What a kill leaves is not taken for another model."""
     model = linearize(llama, rows)
     out = tmp_path / "out"
@@ -418,25 +425,34 @@ def test_killed_save_can_be_repeated(llama: Path, rows: Dataset, tmp_path: Path)
     assert len(list(out.glob("*.safetensors"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("scenario", "old_seen"), [("new", False), ("packed", False), ("overwrite", True)]
-)
-def test_kill_at_any_moment(
-    llama: Path, tmp_path: Path, scenario: str, old_seen: bool
-) -> None:
-    """Every directory, after every kill: not loadable, or one complete checkpoint."""
+SCENARIOS = ("new", "packed", "overwrite")
+
+
+@pytest.fixture(scope="module")
+def kills(
+    llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """Return what kill_save.py reports, by scenario."""
+    folder = tmp_path_factory.mktemp("kills")
     run = subprocess.run(
-        [sys.executable, KILL_SAVE, llama, tmp_path, scenario],
+        [sys.executable, KILL_SAVE, llama, folder, *SCENARIOS],
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(run.stdout.splitlines()[-1])
+    results: dict[str, dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
+    return results
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_kill_at_any_moment(kills: dict[str, dict[str, Any]], scenario: str) -> None:
+    """Every directory, after every kill: not loadable, or one complete checkpoint."""
+    result = kills[scenario]
     assert result["wrong"] == []
-    # before each of the files written, renamed and removed
+    # before each of the files is opened, renamed or removed
     assert result["kills"] > 15
     assert result["finished"] == "new"
-    # the old checkpoint, or nothing, or the new one: each was met
-    assert ("old" in result["seen"]) == old_seen
-    assert None in result["seen"]
+    # nothing, the new one and, where there was one, the old one: each was met
+    expected = {None, "new"} | ({"old"} if scenario == "overwrite" else set())
+    assert set(result["seen"]) == expected

@@ -27,7 +27,8 @@ def registered() -> None:
 
 
 def make_config(**fields: Any) -> Any:
-    return config_class(LLAMA)(num_hidden_layers=12, hidden_size=32, **fields)
+    config: Any = config_class(LLAMA)
+    return config(num_hidden_layers=12, hidden_size=32, **fields)
 
 
 def test_class_is_the_base_models_with_its_own_type() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Linearized models in transformers: whichever layers are linear, generation gives the same
-tokens with every kind of cache as without one.
+Linearized models in transformers: whichever layers are linear, generation gives the
+same tokens with every kind of cache as without one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from transformers import (
     AutoModel,
     DynamicCache,
     LlamaForCausalLM,
-    PreTrainedModel,
     StaticCache,
 )
 
@@ -35,7 +34,7 @@ from nbl_modifier.hf.modeling_nbl import (
     decoder_layers,
     model_class,
 )
-from tests.tiny_llama import VOCAB_SIZE, compress, load
+from tests.tiny_llama import VOCAB_SIZE, Model, compress, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -54,7 +53,7 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 @pytest.fixture(scope="module", params=LAYERS)
 def model(
     request: pytest.FixtureRequest, kind: Kind, llama: Path, rows: Dataset
-) -> PreTrainedModel:
+) -> Model:
     recipe = NBLModifier(layers=LAYERS[request.param], input=kind)
     return compress(load(llama), recipe, rows).eval()
 
@@ -64,7 +63,7 @@ def prompt(batch: int = 2, length: int = 9) -> Tensor:
     return torch.randint(2, VOCAB_SIZE, (batch, length), generator=generator)
 
 
-def generate(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
+def generate(model: Model, tokens: Tensor, **kwargs: Any) -> Tensor:
     kwargs = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | kwargs
     kwargs.setdefault("attention_mask", torch.ones_like(tokens))
     output: Tensor = model.generate(tokens, pad_token_id=0, **kwargs)
@@ -72,7 +71,7 @@ def generate(model: PreTrainedModel, tokens: Tensor, **kwargs: Any) -> Tensor:
 
 
 @pytest.fixture
-def expected(model: PreTrainedModel) -> Tensor:
+def expected(model: Model) -> Tensor:
     """Return what is generated without any cache: every step from the start."""
     output = generate(model, prompt(), use_cache=False)
     new = output[:, prompt().shape[1] :]
@@ -80,7 +79,7 @@ def expected(model: PreTrainedModel) -> Tensor:
     return output
 
 
-def test_forward_is_that_of_the_modules(model: PreTrainedModel, kind: Kind) -> None:
+def test_forward_is_that_of_the_modules(model: Model, kind: Kind) -> None:
     """The stock model's arithmetic with ``x + W x + b`` in place of attention."""
     hidden = model.get_input_embeddings()(prompt())
     positions = torch.arange(9)[None]
@@ -118,14 +117,14 @@ def test_forward_is_that_of_the_modules(model: PreTrainedModel, kind: Kind) -> N
     ],
 )
 def test_caches_do_not_change_tokens(
-    model: PreTrainedModel, expected: Tensor, options: dict[str, Any]
+    model: Model, expected: Tensor, options: dict[str, Any]
 ) -> None:
     assert torch.equal(generate(model, prompt(), **options), expected)
 
 
 @pytest.mark.parametrize("with_config", [False, True])
 def test_dynamic_cache_of_ones_own(
-    model: PreTrainedModel, expected: Tensor, with_config: bool
+    model: Model, expected: Tensor, with_config: bool
 ) -> None:
     cache = DynamicCache(config=model.config) if with_config else DynamicCache()
     assert torch.equal(generate(model, prompt(), past_key_values=cache), expected)
@@ -134,23 +133,25 @@ def test_dynamic_cache_of_ones_own(
         assert cache.get_seq_length(index) == expected.shape[1] - 1
 
 
-def test_static_cache_of_ones_own(model: PreTrainedModel, expected: Tensor) -> None:
+def test_static_cache_of_ones_own(model: Model, expected: Tensor) -> None:
     cache = StaticCache(config=model.config, max_cache_len=expected.shape[1])
     assert torch.equal(generate(model, prompt(), past_key_values=cache), expected)
 
 
-def test_static_cache_allocated_in_advance(
-    model: PreTrainedModel, expected: Tensor
-) -> None:
+def test_static_cache_allocated_in_advance(model: Model, expected: Tensor) -> None:
     """As torch.export and compiled serving do: all layers of the base model's shape."""
     cache = StaticCache(config=model.config, max_cache_len=expected.shape[1])
     cache.early_initialization(
-        batch_size=2, num_heads=2, head_dim=8, dtype=torch.float32, device="cpu"
+        batch_size=2,
+        num_heads=2,
+        head_dim=8,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
     )
     assert torch.equal(generate(model, prompt(), past_key_values=cache), expected)
 
 
-def test_beams(model: PreTrainedModel) -> None:
+def test_beams(model: Model) -> None:
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 8}
     expected = generate(model, prompt(), use_cache=False, **options)
     assert torch.equal(generate(model, prompt(), **options), expected)
@@ -158,7 +159,7 @@ def test_beams(model: PreTrainedModel) -> None:
     assert torch.equal(static, expected)
 
 
-def test_prompt_lookup_goes_back_and_forth(model: PreTrainedModel) -> None:
+def test_prompt_lookup_goes_back_and_forth(model: Model) -> None:
     """Rejected guesses are cropped from the cache again."""
     tokens = prompt(batch=1).repeat(1, 3)
     expected = generate(model, tokens, use_cache=False)
@@ -166,7 +167,7 @@ def test_prompt_lookup_goes_back_and_forth(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_left_padded_batch(model: PreTrainedModel, cache: bool) -> None:
+def test_left_padded_batch(model: Model, cache: bool) -> None:
     rows = [prompt(1, length) for length in (9, 4, 1)]
     padded = torch.zeros(3, 9, dtype=torch.long)
     mask = torch.zeros_like(padded)
@@ -179,7 +180,7 @@ def test_left_padded_batch(model: PreTrainedModel, cache: bool) -> None:
         assert torch.equal(together[row, 9:], alone[0, tokens.shape[1] :])
 
 
-def test_step_by_step_logits(model: PreTrainedModel) -> None:
+def test_step_by_step_logits(model: Model) -> None:
     """Tokens could agree by luck; the numbers behind them must agree too."""
     tokens = prompt(2, 12)
     cache = DynamicCache(config=model.config)
@@ -197,7 +198,8 @@ def test_step_by_step_logits(model: PreTrainedModel) -> None:
 
 def skeleton(layers: dict[int, LinearizedLayer]) -> Any:
     """Return a configuration as it is loaded."""
-    return config_class(LLAMA)(
+    config: Any = config_class(LLAMA)
+    return config(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
         intermediate_size=64,
@@ -209,7 +211,9 @@ def skeleton(layers: dict[int, LinearizedLayer]) -> Any:
 
 
 def test_class_builds_the_named_layers() -> None:
-    config = skeleton({1: LinearizedLayer("residual"), 3: LinearizedLayer("normalized")})
+    config = skeleton(
+        {1: LinearizedLayer("residual"), 3: LinearizedLayer("normalized")}
+    )
     model = model_class("LlamaForCausalLM", LLAMA)(config)
     assert isinstance(model, LlamaForCausalLM)
     assert type(model).__name__ == "NBLLlamaForCausalLM"

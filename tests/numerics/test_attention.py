@@ -5,13 +5,14 @@ import torch
 
 from nbl_modifier.numerics import (
     CovarianceAccumulator,
+    CovarianceStats,
     nmse_bound,
     solve_attention,
     solve_lmmse,
 )
 
 
-def make_stats(num_tokens: int, dead: bool = False):
+def make_stats(num_tokens: int, dead: bool = False) -> CovarianceStats:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(num_tokens, 24, generator=generator, dtype=torch.float64)
     x = x * torch.logspace(0, -3, 24, dtype=torch.float64) + 5.0

@@ -51,7 +51,7 @@ def test_card_describes_the_checkpoint() -> None:
         "nbl_modifier.hf.register()",
         "vllm serve",
         "pip install nbl-modifier",
-        "does not recognize this architecture",
+        "contains custom code which must be executed",
         "2505.21077",
         "python 3.11.7, torch 2.13.0",
     ):

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Time NBL's calibration against a plain forward pass over the same tokens.
+
+A randomly initialised Llama, alternating in one process:
+
+- forward: ``model(input_ids)`` as transformers runs it by default (sdpa, KV cache,
+  logits of every token), under no_grad
+- pipeline: what llm-compressor's sequential pipeline takes to pass the data once, for a
+  modifier that does nothing (eager attention, activations cached between layers, no
+  logits); a lower bound of what any calibration in it costs
+- NBL: a whole oneshot() with NBLModifier (checks, hooks, statistics, solve, replace),
+  nothing saved
+
+and then the solver of one layer against the reference's algorithm; run as
+
+    python benchmarks/calibration.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import runpy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Read when the packages are imported: no progress bars and logs of the timed runs.
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.core import State
+from llmcompressor.modifiers import Modifier
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from nbl_modifier import NBLModifier
+
+TOKENIZER = Path(__file__).parents[1] / "examples" / "models" / "pycode-4m"
+
+
+class Pass(Modifier):
+    """Asks for the calibration data and does nothing with it."""
+
+    requires_calibration_data: bool = True
+
+    def on_initialize(self, state: State, **kwargs: Any) -> bool:  # noqa: ARG002
+        """Have nothing to prepare."""
+        return True
+
+    def on_finalize(self, state: State, **kwargs: Any) -> bool:  # noqa: ARG002
+        """Have nothing to undo."""
+        return True
+
+
+class Benchmark:
+    """
+    One model and one calibration set.
+
+    :param args: the command line
+    :param folder: where oneshot() looks for the model's config
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: str) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=args.vocab_size,
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads,
+            max_position_embeddings=max(2048, args.length),
+        )
+        config.save_pretrained(folder)
+        dtype = getattr(torch, args.dtype)
+        self.model = LlamaForCausalLM(config).to(args.device, dtype).eval()
+        self.model.config._name_or_path = folder
+        tokens = torch.randint(0, args.vocab_size, (args.samples, args.length))
+        self.batches = tokens.to(args.device).split(args.batch_size)
+        self.dataset = Dataset.from_dict(
+            {"input_ids": tokens.tolist(), "attention_mask": torch.ones_like(tokens)}
+        )
+        self.args = args
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
+
+    def forward(self) -> dict[str, float]:
+        """Run the model over the calibration set."""
+        started_at = time.perf_counter()
+        with torch.no_grad():
+            for batch in self.batches:
+                self.model(input_ids=batch)
+        self._wait()
+        return {"seconds": time.perf_counter() - started_at}
+
+    def pipeline(self) -> dict[str, float]:
+        """Run llm-compressor's pipeline without statistics."""
+        return {"seconds": self._oneshot(Pass(), propagate_error=False)}
+
+    def nbl(self) -> dict[str, float]:
+        """Run NBL; also return what its statistics and solutions took."""
+        modifier = NBLModifier(num_layers=self.args.num_layers, input=self.args.input)
+        seconds = self._oneshot(modifier)
+        assert modifier.report is not None
+        own = sum(layer.seconds for layer in modifier.report.layers)
+        return {"seconds": seconds, "own": own}
+
+    def _oneshot(self, recipe: Modifier, **kwargs: Any) -> float:
+        model = copy.deepcopy(self.model)
+        started_at = time.perf_counter()
+        oneshot(
+            model=model,
+            processor=self.tokenizer,
+            dataset=self.dataset,
+            recipe=recipe,
+            num_calibration_samples=self.args.samples,
+            max_seq_length=self.args.length,
+            batch_size=self.args.batch_size,
+            shuffle_calibration_samples=False,
+            **kwargs,
+        )
+        self._wait()
+        return time.perf_counter() - started_at
+
+    def _wait(self) -> None:
+        if self.args.device != "cpu":
+            torch.accelerator.synchronize()
+
+
+def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """
+    Return the figures of each round by what was measured, after a warm-up round.
+
+    :param args: the command line
+    """
+    results: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Benchmark(args, folder)
+        steps: dict[str, Callable[[], dict[str, float]]] = {
+            "forward": bench.forward,
+            "pipeline": bench.pipeline,
+            "NBL": bench.nbl,
+        }
+        whole = bench.batches, bench.dataset, args.samples
+        # One batch each, but for NBL, which wants more tokens than dimensions.
+        args.samples = min(args.samples, 1 + args.hidden_size // args.length)
+        bench.batches = bench.batches[:1]
+        for step in steps.values():
+            step()
+        bench.batches, bench.dataset, args.samples = whole
+        for _ in range(args.repeats):
+            for name, step in steps.items():
+                results.setdefault(name, []).append(step())
+    return results
+
+
+def summary(values: list[float], unit: str = "s") -> str:
+    """Return median, minimum and maximum."""
+    median = statistics.median(values)
+    return f"{median:8.2f} {unit} ({min(values):.2f}..{max(values):.2f})"
+
+
+def print_calibration(args: argparse.Namespace) -> None:
+    """Measure and print the calibration's part."""
+    print(
+        f"Llama, {args.layers} layers, hidden size {args.hidden_size}, MLP "
+        f"{args.intermediate_size}, {args.heads}/{args.kv_heads} heads, vocabulary "
+        f"{args.vocab_size}, {args.dtype}; {args.samples} x {args.length} tokens, "
+        f"batch {args.batch_size}, {args.device}, {torch.get_num_threads()} threads, "
+        f"{args.repeats} rounds, median (min..max)"
+    )
+    results = measure(args)
+    seconds = {name: [r["seconds"] for r in rounds] for name, rounds in results.items()}
+    labels = {
+        "forward": "(a) plain forward pass",
+        "pipeline": "    pipeline without statistics",
+        "NBL": "(b) NBL calibration",
+    }
+    for name, label in labels.items():
+        print(f"{label:34s}{summary(seconds[name])}")
+    own = [r["own"] for r in results["NBL"]]
+    print(f"{'    of which statistics and solve':34s}{summary(own)}")
+    for name, label in (("NBL", "b/a"), ("pipeline", "pipeline/a")):
+        # Of neighbours in time: what else the machine does changes slowly.
+        pairs = zip(seconds[name], seconds["forward"], strict=True)
+        ratios = [mine / plain for mine, plain in pairs]
+        print(f"{label:34s}{summary(ratios, 'x')}")
+
+
+def print_solver(d: int, device: str, repeats: int) -> None:
+    """Measure and print the solver's part."""
+    solver = runpy.run_path(str(Path(__file__).with_name("solver.py")))
+    result = solver["measure"](d, device, repeats)
+    print(
+        f"\nsolver of one layer, d={d}, float64 {device}, {result['threads']} threads, "
+        f"{repeats} rounds, median (min..max)"
+    )
+    for name, label in (("ours", "Cholesky"), ("reference", "eigh + SVD, inverse")):
+        print(f"{label:34s}{summary(result[f'{name}_seconds'])}")
+    print(f"{'ratio':34s}{result['ratio']:8.1f} x")
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+
+    def add(name: str, default: Any, text: str) -> None:
+        parser.add_argument(
+            name, type=type(default), default=default, help=f"{text} ({default})"
+        )
+
+    add("--hidden-size", 1024, "d")
+    add("--intermediate-size", 3584, "width of the MLP, 3.5 d as in Llama 3")
+    add("--layers", 8, "decoder layers")
+    add("--heads", 16, "attention heads")
+    add("--kv-heads", 4, "key-value heads")
+    add("--vocab-size", 32000, "rows of the embedding")
+    add("--samples", 64, "calibration sequences")
+    add("--length", 512, "tokens per sequence")
+    add("--batch-size", 1, "sequences per forward pass")
+    add("--dtype", "float32", "of the model")
+    add("--device", "cpu", "cpu or an accelerator")
+    add("--num-layers", 4, "layers to replace")
+    parser.add_argument(
+        "--input", choices=["residual", "normalized"], default="residual"
+    )
+    add("--repeats", 3, "rounds")
+    add("--solver-d", 2048, "d for the solver; 0 leaves it out")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse the command line, measure, print."""
+    args = parse_args()
+    print_calibration(args)
+    if args.solver_d:
+        print_solver(args.solver_d, args.device, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
