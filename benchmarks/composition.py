@@ -2,8 +2,8 @@
 """
 Does a quantizer cost more after NBL than it costs alone?
 
-Prints the perplexity of the base model, after NBL, after AWQ to 4 bits, and after both in
-one recipe. If composition costs nothing extra, the two degradations multiply::
+Prints the perplexity of the base model, after NBL, after AWQ to 4 bits, and after both
+in one recipe. If composition costs nothing extra, the two degradations multiply::
 
     python benchmarks/composition.py
 """

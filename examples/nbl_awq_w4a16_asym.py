@@ -3,7 +3,7 @@
 NBL, then 4-bit weights with AWQ. llm-compressor runs AWQ on accelerators only.
 
 Made for copying: set MODEL_ID to a Llama, Mistral or Qwen3 model, the data to yours.
-Serve the result with `vllm serve pycode-4m-NBL4-AWQ` where nbl-modifier is installed.
+Serve the result where nbl-modifier is installed: `vllm serve pycode-4m-NBL4-AWQ`.
 """
 
 from pathlib import Path

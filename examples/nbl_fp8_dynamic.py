@@ -3,7 +3,7 @@
 NBL, then FP8 weights and activations, scales computed while serving.
 
 Made for copying: set MODEL_ID to a Llama, Mistral or Qwen3 model, the data to yours.
-Serve the result with `vllm serve pycode-4m-NBL4-FP8` where nbl-modifier is installed.
+Serve the result where nbl-modifier is installed: `vllm serve pycode-4m-NBL4-FP8`.
 """
 
 from pathlib import Path

@@ -3,7 +3,7 @@
 NBL, then FP8 weights, activations and KV cache: `--kv-cache-dtype fp8` in vLLM.
 
 Made for copying: set MODEL_ID to a Llama, Mistral or Qwen3 model, the data to yours.
-Serve the result with `vllm serve pycode-4m-NBL4-FP8-KV` where nbl-modifier is installed.
+Serve the result where nbl-modifier is installed: `vllm serve pycode-4m-NBL4-FP8-KV`.
 """
 
 from pathlib import Path

@@ -3,7 +3,7 @@
 NBL, then 4-bit weights with GPTQ: for serving where memory is the limit.
 
 Made for copying: set MODEL_ID to a Llama, Mistral or Qwen3 model, the data to yours.
-Serve the result with `vllm serve pycode-4m-NBL4-W4A16` where nbl-modifier is installed.
+Serve the result where nbl-modifier is installed: `vllm serve pycode-4m-NBL4-W4A16`.
 """
 
 from pathlib import Path
