@@ -205,7 +205,7 @@ def test_quip_loads_as_it_does_without_nbl(
     """
     transformers 5.17 does not build the rotations that QuIP saves, NBL or not.
 
-    So its checkpoints reload with unexpected keys and other logits; vLLM reads them.
+    So its checkpoints reload with unexpected keys, and with other logits.
     """
     nbl_modifier.hf.register()
     unexpected = []
