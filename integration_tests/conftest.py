@@ -1,7 +1,7 @@
 """Checkpoints and engines, each made once per session however many tests use it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,23 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(workplace: Path) -> Callable[[str], Path]:
+def pageable_cache() -> Iterator[None]:
+    """
+    Let AWQ run on machines without an accelerator.
+
+    It pins the activations it caches, which torch refuses there (llmcompressor
+    0.14.0.1, modifiers/transform/awq/base.py, ``_setup_activation_cache_hooks``).
+    """
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not torch.accelerator.is_available():
+            patch.setattr(IntermediatesCache, "pin_memory", lambda *_, **__: None)
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoint(workplace: Path, pageable_cache: None) -> Callable[[str], Path]:
     """Return a function from a recipe (YAML) to the demo model compressed by it."""
     made: dict[str, Path] = {}
 

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -69,6 +70,25 @@ class Row:
         if isinstance(self.recipe, str):
             return (ROOT / self.recipe).read_text(encoding="utf-8")
         return yaml.safe_dump(self.recipe)
+
+    @property
+    def nbl_text(self) -> str:
+        """The recipe without all that comes after NBL, as YAML."""
+        return self._part(lambda name: name == "NBLModifier")
+
+    @property
+    def quantizer_text(self) -> str:
+        """The recipe without NBL, as YAML."""
+        return self._part(lambda name: name != "NBLModifier")
+
+    def _part(self, belongs: Callable[[str], bool]) -> str:
+        modifiers = yaml.safe_load(self.recipe_text)["default_stage"][
+            "default_modifiers"
+        ]
+        part = {name: fields for name, fields in modifiers.items() if belongs(name)}
+        return yaml.safe_dump(
+            {"default_stage": {"default_modifiers": part}}, sort_keys=False
+        )
 
 
 def rows(expectation: str | None = None) -> list[Any]:
@@ -237,6 +257,7 @@ def run_worker(
         "engine": ENGINE_DEFAULTS | engine,
         "prompts": prompts(),
         "max_tokens": MAX_TOKENS,
+        "timed_runs": 0,
         "in_process": in_process,
         "sabotage": sabotage,
     }

