@@ -148,24 +148,13 @@ def compress(recipe: str, directory: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Answers:
+class Served:
     """
-    What one model made of :func:`prompts`.
+    What one vLLM engine made of :func:`prompts`.
 
     :param tokens: ids generated greedily, ``MAX_TOKENS`` per prompt
     :param logprobs: of each prompt token but the first, all prompts in one row, nat
         ``[num_tokens]``
-    """
-
-    tokens: list[list[int]]
-    logprobs: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Served(Answers):
-    """
-    What one vLLM engine did.
-
     :param kv_cache_tokens: tokens that fit in its KV cache
     :param block_size: tokens per block of it
     :param architecture: class of the model in vLLM
@@ -173,6 +162,8 @@ class Served(Answers):
         None unless the engine ran in the worker's own process
     """
 
+    tokens: list[list[int]]
+    logprobs: torch.Tensor
     kv_cache_tokens: int
     block_size: int
     architecture: str
@@ -180,19 +171,27 @@ class Served(Answers):
 
 
 @cache
-def in_transformers(directory: Path, dtype: str) -> Answers:
+def transformers_tokens(directory: Path, dtype: str) -> list[list[int]]:
     """
-    Run the prompts in transformers, one at a time.
+    Return what transformers generates greedily, one prompt at a time.
 
     :param directory: checkpoint
     :param dtype: name of a torch dtype
     """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
-    inputs = [torch.tensor([prompt]) for prompt in prompts()]
-    return Answers(
-        tokens=[generate(model, ids) for ids in inputs],
-        logprobs=torch.cat([logprobs(model, ids) for ids in inputs]),
-    )
+    return [generate(model, torch.tensor([prompt])) for prompt in prompts()]
+
+
+@cache
+def transformers_logprobs(directory: Path, dtype: str) -> torch.Tensor:
+    """
+    Return the prompts' log-probabilities in transformers, as in :class:`Served`.
+
+    :param directory: checkpoint
+    :param dtype: name of a torch dtype
+    """
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    return torch.cat([logprobs(model, torch.tensor([prompt])) for prompt in prompts()])
 
 
 @torch.no_grad()

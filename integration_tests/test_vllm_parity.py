@@ -17,9 +17,10 @@ from integration_tests.harness import (
     MODEL,
     Row,
     Served,
-    in_transformers,
     prompts,
     rows,
+    transformers_logprobs,
+    transformers_tokens,
 )
 
 pytestmark = pytest.mark.requires_vllm
@@ -50,7 +51,7 @@ def test_layers_are_linear(row: Row, checkpoint: Checkpoint, served: Serve) -> N
 
 @pytest.mark.parametrize("row", rows("greedy_tokens"))
 def test_greedy_tokens(row: Row, checkpoint: Checkpoint, served: Serve) -> None:
-    expected = in_transformers(checkpoint(row.recipe_text), row.dtype).tokens
+    expected = transformers_tokens(checkpoint(row.recipe_text), row.dtype)
     different = {
         f"prompt {index} ({len(prompts()[index])} tokens)": (got, want)
         for index, (got, want) in enumerate(
@@ -85,7 +86,7 @@ def test_logprobs(
     changes.
     """
     rule: dict[str, Any] = row.expect["logprobs"]
-    reference = in_transformers(checkpoint(row.recipe_text), row.dtype).logprobs
+    reference = transformers_logprobs(checkpoint(row.recipe_text), row.dtype)
     difference = distance(served(row).logprobs, reference)
     record_property("mean", f"{difference.mean():.2g}")
     record_property("max", f"{difference.max():.2g}")
@@ -97,9 +98,7 @@ def test_logprobs(
             answer = engine(directory, engine={"dtype": row.dtype} | row.engine)
         else:
             directory, answer = MODEL, base(row.dtype)
-        in_base = distance(
-            answer.logprobs, in_transformers(directory, row.dtype).logprobs
-        )
+        in_base = distance(answer.logprobs, transformers_logprobs(directory, row.dtype))
         record_property("base_mean", f"{in_base.mean():.2g}")
         record_property("base_max", f"{in_base.max():.2g}")
         assert difference.mean() <= 1.5 * in_base.mean()
@@ -109,7 +108,7 @@ def test_logprobs(
         assert linearized_layers(dense) == linearized_layers(
             checkpoint(row.recipe_text)
         )
-        effect = distance(in_transformers(dense, row.dtype).logprobs, reference)
+        effect = distance(transformers_logprobs(dense, row.dtype), reference)
         record_property("quantization_effect_mean", f"{effect.mean():.2g}")
         assert difference.mean() <= rule["quantization_effect"] * effect.mean()
 
@@ -169,7 +168,7 @@ def test_capacity_test_notices_a_kept_kv_cache(
     (row,) = (row.values[0] for row in rows() if row.id == "dense_residual_float32")
     directory = checkpoint(row.recipe_text)
     answer = engine(directory, engine={"dtype": row.dtype}, sabotage="keep_kv_cache")
-    assert answer.tokens == in_transformers(directory, row.dtype).tokens
+    assert answer.tokens == transformers_tokens(directory, row.dtype)
     assert answer.kv_cache_tokens == base(row.dtype).kv_cache_tokens
     with pytest.raises(AssertionError, match="times the base model's"):
         assert_capacity(answer, base(row.dtype), row.linearized)

@@ -1,0 +1,49 @@
+"""Schemes that vLLM's CPU build cannot run: it says so, with NBL and without."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from integration_tests.harness import run_worker
+
+# Two calibrations and two engines per scheme, to show that a limit is not ours.
+pytestmark = [pytest.mark.requires_vllm, pytest.mark.slow]
+
+
+def recipe(scheme: str, nbl: bool) -> str:
+    """Return a recipe that quantizes by ``scheme``, after NBL or alone."""
+    modifiers: dict[str, Any] = {"NBLModifier": {"num_layers": 4}} if nbl else {}
+    modifiers["QuantizationModifier"] = {
+        "scheme": scheme,
+        "targets": ["Linear"],
+        "ignore": ["lm_head"],
+    }
+    return yaml.safe_dump(
+        {"default_stage": {"default_modifiers": modifiers}}, sort_keys=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("scheme", "message"),
+    [
+        ("FP8", "static_scaled_fp8_quant"),
+        ("W8A16", "uint8b128"),
+        ("NVFP4A16", "Marlin FP4 not available"),
+    ],
+)
+@pytest.mark.parametrize("nbl", [True, False], ids=["nbl", "base"])
+def test_scheme_needs_a_gpu(
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    scheme: str,
+    message: str,
+    nbl: bool,
+) -> None:
+    directory = checkpoint(recipe(scheme, nbl))
+    log = tmp_path / "log"
+    result = run_worker(directory, log, engine={"dtype": "bfloat16"})
+    assert result.keys() == {"error"}
+    assert message in result["error"] + log.read_text(encoding="utf-8")
