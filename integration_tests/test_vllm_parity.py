@@ -81,7 +81,8 @@ def test_logprobs(
     logit more, 2^-4 for bfloat16 logits of 8 to 16.
     ``relative_to_base: same_scheme``: the same with the base model quantized as the row
     is, because kernels that round activations to 8 bits differ by as much as the
-    rounding itself changes.
+    rounding itself changes. One token may then differ by any number of steps, so the
+    99th percentile takes the maximum's place.
     ``quantization_effect``: the distance is at most this fraction of what quantization
     changes.
     """
@@ -102,7 +103,10 @@ def test_logprobs(
         record_property("base_mean", f"{in_base.mean():.2g}")
         record_property("base_max", f"{in_base.max():.2g}")
         assert difference.mean() <= 1.5 * in_base.mean()
-        assert difference.max() <= 1.5 * in_base.max() + 2**-4
+        if rule["relative_to_base"] == "same_scheme":
+            assert difference.quantile(0.99) <= 1.5 * in_base.quantile(0.99)
+        else:
+            assert difference.max() <= 1.5 * in_base.max() + 2**-4
     if "quantization_effect" in rule:
         dense = checkpoint(row.nbl_text)
         assert linearized_layers(dense) == linearized_layers(
