@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, Self
@@ -69,6 +70,9 @@ class NBLModifier(Modifier):
     :param num_layers: how many attention layers to replace, the best-ranked ones
     :param layers: the decoder layers to replace, by index from 0, instead of
         ``num_layers``; only these are measured
+    :param kv_cache_reduction: the part of the base model's KV cache to free at least,
+        in (0, 1], instead of ``num_layers``: of K layers, all alike, the best-ranked
+        ``ceil(kv_cache_reduction * K)``, those of earlier runs included
     :param targets: names, ``re:`` patterns or class names of the attention modules that
         may be replaced; all of the decoder if not given
     :param ignore: the same, of attention modules to keep
@@ -83,6 +87,7 @@ class NBLModifier(Modifier):
 
     num_layers: int | None = Field(default=None, ge=1)
     layers: list[int] | None = None
+    kv_cache_reduction: float | None = Field(default=None, gt=0.0, le=1.0)
     targets: list[str] | None = None
     ignore: list[str] = Field(default_factory=list)
     criterion: Literal["cca_bound", "nmse"] = "cca_bound"
@@ -101,6 +106,7 @@ class NBLModifier(Modifier):
     _propagate_error: bool = PrivateAttr(default=True)
     _generator_state: Tensor = PrivateAttr()
     _num_samples: int = PrivateAttr(default=0)
+    _num_to_replace: int = PrivateAttr(default=0)
     _calibration: Calibration | None = PrivateAttr(default=None)
     _report: NBLReport | None = PrivateAttr(default=None)
 
@@ -131,11 +137,13 @@ class NBLModifier(Modifier):
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
-        if (self.num_layers is None) == (self.layers is None):
-            given = "neither" if self.num_layers is None else "both"
+        ways = ("num_layers", "layers", "kv_cache_reduction")
+        given = [name for name in ways if getattr(self, name) is not None]
+        if len(given) != 1:
             raise ValueError(
-                f"NBLModifier needs num_layers (how many attention layers to replace) "
-                f"or layers (which ones), got {given}."
+                "NBLModifier needs one of num_layers (how many attention layers to "
+                "replace), layers (which ones) and kv_cache_reduction (the part of the "
+                f"KV cache to free), got {' and '.join(given) or 'neither'}."
             )
         return self
 
@@ -159,10 +167,10 @@ class NBLModifier(Modifier):
             self._dataset_args = oneshot.dataset_args
         self._followers = self._check_recipe(model, kwargs)
         self._architecture = check_model(model)
-        self._candidates = self._choose_from(model)
         if isinstance(model.config, NBLConfigMixin):
             self._earlier = model.config.linearized_layers()
             self._earlier_report = saving.report_of(model)
+        self._candidates = self._choose_from(model)
         self._num_samples = check_calibration_data(
             state.data.calib, model.config.hidden_size
         )
@@ -201,7 +209,7 @@ class NBLModifier(Modifier):
             normalized=self.input == "normalized",
             dampening_frac=self.dampening_frac,
             criterion=self.criterion,
-            keep=self.num_layers or len(attentions),
+            keep=self._num_to_replace,
         )
         for index, attention in attentions.items():
             norm = layers[index].get_submodule(self._architecture.input_norm)
@@ -317,12 +325,7 @@ class NBLModifier(Modifier):
         """Return the attention layers to measure, names by layer index."""
         found = candidate_layers(model, self._architecture, self.targets, self.ignore)
         if self.layers is None:
-            assert self.num_layers is not None
-            if self.num_layers > len(found):
-                raise ValueError(
-                    f"NBLModifier.num_layers: there are {len(found)} attention layers "
-                    f"to choose from, got {self.num_layers}. Use {len(found)} or fewer."
-                )
+            self._num_to_replace = self._count_layers(model, len(found))
             return found
         missing = [index for index in self.layers if index not in found]
         if missing:
@@ -330,14 +333,47 @@ class NBLModifier(Modifier):
                 f"NBLModifier.layers: {missing} are not among the attention layers to "
                 f"choose from, {sorted(found)}."
             )
+        self._num_to_replace = len(self.layers)
         return {index: found[index] for index in self.layers}
+
+    def _count_layers(self, model: PreTrainedModel, available: int) -> int:
+        """Return how many layers to replace of the ``available`` ones."""
+        if self.num_layers is not None:
+            if self.num_layers > available:
+                raise ValueError(
+                    f"NBLModifier.num_layers: there are {available} attention layers "
+                    f"to choose from, got {self.num_layers}. Use {available} or fewer."
+                )
+            return self.num_layers
+        assert self.kv_cache_reduction is not None
+        total = len(decoder_layers(model, self._architecture))
+        # 0.1 * 30 is 3.0000000000000004 in binary; it asks for 3 layers.
+        wanted = math.ceil(self.kv_cache_reduction * total - 1e-9)
+        count = wanted - len(self._earlier)
+        if not 0 < count <= available:
+            raise ValueError(
+                f"NBLModifier.kv_cache_reduction: {self.kv_cache_reduction} takes "
+                f"{wanted} of {total} layers, of which {len(self._earlier)} are linear "
+                f"already and {available} can be chosen from. Use a value above "
+                f"{len(self._earlier) / total:.4g}, up to "
+                f"{(len(self._earlier) + available) / total:.4g}."
+            )
+        return count
 
     def _make_report(
         self, model: PreTrainedModel, calibration: Calibration
     ) -> NBLReport:
         scores = calibration.scores()
         choices = choose_layers(
-            scores, self.criterion, num_layers=self.num_layers, layers=self.layers
+            scores,
+            self.criterion,
+            num_layers=None if self.layers else self._num_to_replace,
+            layers=self.layers,
+            budget=(
+                f"kv_cache_reduction={self.kv_cache_reduction}"
+                if self.kv_cache_reduction is not None
+                else None
+            ),
         )
         results = [
             LayerResult(

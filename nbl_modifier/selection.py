@@ -31,6 +31,7 @@ def choose_layers(
     *,
     num_layers: int | None = None,
     layers: Sequence[int] | None = None,
+    budget: str | None = None,
 ) -> list[Choice]:
     """
     Rank layers by ascending score and choose the first ``num_layers``, or ``layers``.
@@ -43,6 +44,7 @@ def choose_layers(
     :param criterion: name of the score, for the reasons
     :param num_layers: how many to choose
     :param layers: the layers to choose, whatever their rank
+    :param budget: what ``num_layers`` follows from, for the reasons
     :return: one choice per layer, by rank
     :raises ValueError: if not exactly one of ``num_layers`` and ``layers`` is given, or
         it asks for layers without a score
@@ -67,5 +69,7 @@ def choose_layers(
         else:
             selected = rank <= num_layers
             reason = f"{place}, num_layers={num_layers}"
+            if budget is not None:
+                reason += f" from {budget}"
         choices.append(Choice(index, rank, selected, reason))
     return choices

@@ -274,6 +274,17 @@ def test_targets_and_ignore(
     assert linearized(model) == [report.ranking[0].index]
 
 
+@pytest.mark.parametrize(("reduction", "count"), [(0.01, 1), (0.5, 2), (0.51, 3)])
+def test_kv_cache_reduction_is_a_number_of_layers(
+    llama: Path, rows: Dataset, reduction: float, count: int
+) -> None:
+    model, report = run(llama, NBLModifier(kv_cache_reduction=reduction), rows)
+    by_count, _ = run(llama, NBLModifier(num_layers=count), rows)
+    assert linearized(model) == linearized(by_count)
+    assert report.num_replaced == count
+    assert f"kv_cache_reduction={reduction}" in report.layers[0].reason
+
+
 def test_ignore_that_matches_nothing_is_said(llama: Path, rows: Dataset) -> None:
     with warnings_of() as messages:
         run(llama, NBLModifier(num_layers=1, ignore=["re:.*no_such"]), rows)

@@ -110,7 +110,20 @@ def gptq() -> GPTQModifier:
         ("{num_layers: 5}", ["num_layers", "got 5", "Use 4 or fewer"]),
         ("{num_layers: two}", ["num_layers", "valid integer"]),
         ("{}", ["num_layers", "layers", "got neither"]),
-        ("{num_layers: 1, layers: [0]}", ["num_layers", "layers", "got both"]),
+        (
+            "{num_layers: 1, layers: [0]}",
+            ["num_layers", "layers", "got num_layers and layers"],
+        ),
+        (
+            "{kv_cache_reduction: 0.5, num_layers: 1}",
+            ["got num_layers and kv_cache_reduction"],
+        ),
+        ("{kv_cache_reduction: 0}", ["kv_cache_reduction", "greater than 0"]),
+        ("{kv_cache_reduction: 37.5}", ["kv_cache_reduction", "less than or equal"]),
+        (
+            "{kv_cache_reduction: 0.75, ignore: ['re:.*[23].self_attn']}",
+            ["kv_cache_reduction: 0.75 takes 3 of 4", "2 can be chosen", "up to 0.5"],
+        ),
         ("{layers: []}", ["layers", "at least one", "got []"]),
         ("{layers: [1, 1]}", ["layers", "distinct", "got [1, 1]"]),
         ("{layers: [-1]}", ["layers", ">= 0", "got [-1]"]),

@@ -25,6 +25,8 @@ def test_reasons_say_rank_criterion_and_budget() -> None:
     choices = choose_layers(SCORES, "cca_bound", num_layers=1)
     assert choices[0].reason == "rank 1 of 4 by cca_bound, num_layers=1"
     assert choices[3].reason == "rank 4 of 4 by cca_bound, num_layers=1"
+    choices = choose_layers(SCORES, "nmse", num_layers=1, budget="limit=0.25")
+    assert choices[0].reason == "rank 1 of 4 by nmse, num_layers=1 from limit=0.25"
 
 
 def test_named_layers_are_chosen_whatever_their_rank() -> None:
