@@ -113,8 +113,7 @@ class NBLModifier(Modifier):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, fields: Any) -> Any:
-        own = [name for name in cls.__annotations__ if name in cls.model_fields]
-        own.remove("requires_calibration_data")
+        own = [name for name in cls.model_fields if name not in Modifier.model_fields]
         unknown = sorted(set(fields) - set(cls.model_fields))
         if unknown:
             raise ValueError(
