@@ -202,7 +202,7 @@ def print_calibration(args: argparse.Namespace) -> None:
         "forward": "(a) plain forward pass",
         "pipeline": "    pipeline without statistics",
         "NBL": "(b) NBL calibration",
-        "second pass": "    if the pipeline ran layers twice",
+        "second pass": "    with the propagation pass",
     }
     for name, label in labels.items():
         print(f"{label:34s}{summary(seconds[name])}")
@@ -211,7 +211,7 @@ def print_calibration(args: argparse.Namespace) -> None:
     for name, label in (
         ("NBL", "b/a"),
         ("pipeline", "pipeline/a"),
-        ("second pass", "layers twice/a"),
+        ("second pass", "with propagation pass/a"),
     ):
         # Of neighbours in time: what else the machine does changes slowly.
         pairs = zip(seconds[name], seconds["forward"], strict=True)
