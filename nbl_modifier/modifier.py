@@ -29,7 +29,7 @@ from .report.provenance import collect_versions, utc_timestamp
 from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
 from .report.tables import ranking_table
 from .selection import choose_layers
-from .surgery import replace_attention
+from .surgery import drop_restored_norms, replace_attention
 from .upstream import (
     keep_causal_mask,
     release_causal_mask,
@@ -283,6 +283,9 @@ class NBLModifier(Modifier):
         release_causal_mask()
         self._calibration = None
         if self._report is not None:
+            layers = decoder_layers(state.model, self._architecture)
+            for index, spec in self._linearized.items():
+                drop_restored_norms(layers[index], self._architecture, spec)
             self._convert(state.model)
             if self._followers is not None:
                 self._followers.restore_mappings()

@@ -17,7 +17,7 @@ from .architectures import Architecture
 from .hf.configuration_nbl import LinearizedLayer
 from .hf.modeling_nbl import linearize_attention
 
-__all__ = ["replace_attention", "weight_dtype"]
+__all__ = ["drop_restored_norms", "replace_attention", "weight_dtype"]
 
 
 def weight_dtype(attention: nn.Module) -> torch.dtype:
@@ -67,3 +67,27 @@ def replace_attention(
         # now, outside of what the run may hold on the device.
         for module in replacement.modules():
             offload_module(module, **get_cache_init_kwargs(kept))
+
+
+def drop_restored_norms(
+    layer: nn.Module, architecture: Architecture, spec: LinearizedLayer
+) -> None:
+    """
+    Remove norms that llm-compressor put back into a linearized layer, in place.
+
+    For the time of a run it exchanges norms that scale by ``1 + weight`` (Gemma's), and
+    at the end restores them by name, those that are gone by then included
+    (llmcompressor 0.14.0.1, modeling/offset_norm.py, ``norm_calibration_context``): the
+    query and key norms of a removed attention, and the input norm that was folded into
+    the map, which would run again.
+
+    :param layer: a decoder layer, replaced by :func:`replace_attention`
+    :param architecture: names of the modules inside it
+    :param spec: what its linear layer reads
+    """
+    attention = layer.get_submodule(architecture.attention)
+    for name in [name for name, _ in attention.named_children() if name != "linear"]:
+        delattr(attention, name)
+    norm = layer.get_submodule(architecture.input_norm)
+    if spec.input == "residual" and not isinstance(norm, nn.Identity):
+        setattr(layer, architecture.input_norm, nn.Identity().train(norm.training))

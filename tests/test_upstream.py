@@ -17,6 +17,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 import nbl_modifier.modifier
 from nbl_modifier import NBLModifier
@@ -158,6 +159,25 @@ def test_failed_run_is_finalized_without_complaint(
     assert not [text for text in messages if "finalizing" in text]
     assert model.config.model_type == "llama"
     assert type(model).__name__ == "LlamaForCausalLM"
+
+
+# --- norms restored by name -----------------------------------------------------------
+
+
+def test_norms_of_removed_modules_stay_removed(
+    tiny_models: TinyModels, rows: Dataset
+) -> None:
+    model: Any = load(tiny_models("llama"))
+    for layer in model.model.layers:
+        # Norms of Gemma's kind, which llm-compressor exchanges for the time of a run.
+        layer.input_layernorm = Gemma2RMSNorm(model.config.hidden_size)
+        layer.self_attn.q_norm = Gemma2RMSNorm(model.config.head_dim)
+    compress(model, NBLModifier(layers=[1]), rows)
+    replaced, kept = model.model.layers[1], model.model.layers[0]
+    assert isinstance(replaced.input_layernorm, nn.Identity)
+    assert dict(replaced.self_attn.named_children()).keys() == {"linear"}
+    assert isinstance(kept.input_layernorm, Gemma2RMSNorm)
+    assert isinstance(kept.self_attn.q_norm, Gemma2RMSNorm)
 
 
 # --- the calibration set --------------------------------------------------------------
