@@ -36,7 +36,7 @@ def test_example(
     output = Path(name)
     config = json.loads((output / "config.json").read_text())
     assert config["model_type"] == "nbl_llama"
-    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert ("quantization_config" in config) == (script.stem != "nbl_kv_cache_budget")
     nbl_modifier.hf.register()
     assert len(linearized(load(output))) == 4
 
