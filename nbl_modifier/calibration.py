@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from . import numerics
 from .capture import LayerStatistics, check_causal, valid_tokens
+from .hf.configuration_nbl import LinearizedLayer
 from .preflight import check_num_tokens
-from .surgery import weight_dtype
+from .surgery import Replacement, weight_dtype
 
 __all__ = ["Calibration", "Measurement"]
 
@@ -48,14 +49,15 @@ class Calibration:
     """
     Statistics of the layers in flight, and the results of those that are finished.
 
-    Of the linear maps only the ``keep`` best are held, on the CPU, in the dtype of the
+    Of the replacements only the ``keep`` best are held, on the CPU, in the dtype of the
     model: all of an 80-layer model's would take more memory than its statistics.
 
     :param attentions: attention module by decoder layer index
     :param names: its name, likewise
-    :param normalized: whether the estimator reads the output of the input norm
+    :param spec: what is replaced by what, in every layer
     :param dampening_frac: fraction of the mean diagonal of C_xx
-    :param criterion: the field of :class:`Measurement` that decides which maps to keep
+    :param criterion: the field of :class:`Measurement` that decides which replacements
+        to keep
     :param keep: how many
     """
 
@@ -64,16 +66,17 @@ class Calibration:
         attentions: dict[int, nn.Module],
         names: dict[int, str],
         *,
-        normalized: bool,
+        spec: LinearizedLayer,
         dampening_frac: float,
         criterion: str,
         keep: int,
     ) -> None:
         self.measured: dict[int, Measurement] = {}
-        self.maps: dict[int, tuple[Tensor, Tensor]] = {}
+        self.replacements: dict[int, Replacement] = {}
         self._attentions = attentions
         self._names = names
-        self._normalized = normalized
+        self._spec = spec
+        self._normalized = spec.input == "normalized"
         self._dampening_frac = dampening_frac
         self._criterion = criterion
         self._keep = keep
@@ -173,8 +176,8 @@ class Calibration:
             seconds=statistics.seconds + time.perf_counter() - started_at,
         )
         self.measured[index] = measurement
-        self.maps[index] = (weight.cpu(), bias.cpu())
-        self._drop_worst_map()
+        self.replacements[index] = Replacement(self._spec, weight.cpu(), bias.cpu())
+        self._drop_worst()
         logger.info(
             "{}: {} tokens, NMSE {:.4f}, CCA bound {:.4f}, dampening {:.1e}, {:.2f} s",
             name,
@@ -185,7 +188,8 @@ class Calibration:
             measurement.seconds,
         )
 
-    def _drop_worst_map(self) -> None:
-        if len(self.maps) > self._keep:
+    def _drop_worst(self) -> None:
+        if len(self.replacements) > self._keep:
             scores = self.scores()
-            del self.maps[max(self.maps, key=lambda index: (scores[index], index))]
+            worst = max(self.replacements, key=lambda index: (scores[index], index))
+            del self.replacements[worst]

@@ -29,7 +29,7 @@ from .report.provenance import collect_versions, utc_timestamp
 from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
 from .report.tables import ranking_table
 from .selection import choose_layers
-from .surgery import drop_restored_norms, replace_attention
+from .surgery import drop_restored_norms, replace
 from .upstream import (
     keep_causal_mask,
     release_causal_mask,
@@ -205,7 +205,7 @@ class NBLModifier(Modifier):
         self._calibration = Calibration(
             attentions,
             self._candidates,
-            normalized=self.input == "normalized",
+            spec=LinearizedLayer(input=self.input),
             dampening_frac=self.dampening_frac,
             criterion=self.criterion,
             keep=self._num_to_replace,
@@ -255,15 +255,12 @@ class NBLModifier(Modifier):
         report = self._report = self._make_report(model, calibration)
         logger.info("NBL ranking\n{}", ranking_table(report))
         layers = decoder_layers(model, self._architecture)
-        for index, (weight, bias) in self._chosen_maps(calibration).items():
-            replace_attention(
-                layers[index],
-                self._architecture,
-                index,
-                LinearizedLayer(input=self.input),
-                weight,
-                bias,
-            )
+        chosen = {
+            index: calibration.replacements[index]
+            for index in self._linearized
+            if index not in self._earlier
+        }
+        replace(layers, self._architecture, chosen)
         # From here on the model must not be saved as what it no longer is, not even
         # if a later modifier fails.
         saving.publish(
@@ -420,16 +417,6 @@ class NBLModifier(Modifier):
         assert self._report is not None
         spec = LinearizedLayer(input=self.input)
         return dict.fromkeys(self._report.selected_layers, spec) | self._earlier
-
-    def _chosen_maps(
-        self, calibration: Calibration
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return weight and bias of the layers to replace now, by index."""
-        return {
-            index: calibration.maps[index]
-            for index in self._linearized
-            if index not in self._earlier
-        }
 
     def _convert(self, model: PreTrainedModel) -> None:
         convert_in_place(

@@ -4,6 +4,10 @@ Replaces attention modules of a live model, on whatever device its weights are k
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import torch
 from compressed_tensors.offload import (
     OffloadCache,
@@ -17,12 +21,93 @@ from .architectures import Architecture
 from .hf.configuration_nbl import LinearizedLayer
 from .hf.modeling_nbl import linearize_attention
 
-__all__ = ["drop_restored_norms", "replace_attention", "weight_dtype"]
+__all__ = [
+    "Replacement",
+    "drop_restored_norms",
+    "replace",
+    "replace_attention",
+    "replaced",
+    "weight_dtype",
+]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """
+    What takes the place of a part of one decoder layer: the candidate of a selection.
+
+    :param spec: what is replaced, by what, and what that reads
+    :param weight: ``[hidden_size, hidden_size]``, in the dtype of the model, any device
+    :param bias: ``[hidden_size]``, likewise
+    """
+
+    spec: LinearizedLayer
+    weight: Tensor
+    bias: Tensor
 
 
 def weight_dtype(attention: nn.Module) -> torch.dtype:
     """Return the dtype of the first weight of ``attention``, that of the new linear."""
     return next(attention.parameters()).dtype
+
+
+def replace(
+    layers: nn.ModuleList,
+    architecture: Architecture,
+    replacements: Mapping[int, Replacement],
+) -> None:
+    """
+    Put each replacement where it belongs, in place.
+
+    :param layers: the decoder layers
+    :param architecture: names of the modules inside them
+    :param replacements: by decoder layer index
+    """
+    for index, replacement in sorted(replacements.items()):
+        replace_attention(
+            layers[index],
+            architecture,
+            index,
+            replacement.spec,
+            replacement.weight,
+            replacement.bias,
+        )
+
+
+@contextmanager
+def replaced(
+    layers: nn.ModuleList,
+    architecture: Architecture,
+    replacements: Mapping[int, Replacement],
+) -> Iterator[None]:
+    """
+    Try replacements: put them in, and on exit the very modules that were there before.
+
+    Whatever :func:`replace` exchanges, in the list of layers or inside a layer, is
+    undone. May be nested.
+
+    :param layers: the decoder layers
+    :param architecture: names of the modules inside them
+    :param replacements: by decoder layer index
+    """
+    before = {i: (layers[i], dict(layers[i]._modules)) for i in replacements}
+    kept = {module for i in replacements for module in layers[i].modules()}
+    try:
+        replace(layers, architecture, replacements)
+        yield
+    finally:
+        for index, (layer, modules) in before.items():
+            _discard(module for module in layers[index].modules() if module not in kept)
+            layers[index] = layer
+            layer._modules.clear()  # first, or modules would change their order
+            layer._modules.update(modules)
+
+
+def _discard(modules: Iterable[nn.Module]) -> None:
+    """Remove the weights of ``modules``, from disk too if they are offloaded there."""
+    for module in modules:
+        for name in list(module._parameters):
+            del module._parameters[name]
 
 
 def replace_attention(

@@ -47,7 +47,7 @@ LAYERS = {
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
     "calibration": Layer(
-        ours="capture preflight surgery numerics",
+        ours="capture preflight surgery hf numerics",
         packages="llmcompressor loguru torch",
     ),
     "saving": Layer(

@@ -470,7 +470,7 @@ def test_only_the_maps_that_may_be_chosen_are_kept(
 
     def counted(self: Calibration, modules: Any) -> None:
         original(self, modules)
-        counts.append(len(self.maps))
+        counts.append(len(self.replacements))
 
     monkeypatch.setattr(Calibration, "solve_finished", counted)
     run(llama, NBLModifier(num_layers=2), rows)

@@ -18,8 +18,13 @@ from torch import Tensor, nn
 from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.hf.modeling_nbl import LinearizedAttention
-from nbl_modifier.surgery import replace_attention, weight_dtype
-from tests.tiny_llama import Model, load, load_on_disk, save_llama
+from nbl_modifier.surgery import (
+    Replacement,
+    replace_attention,
+    replaced,
+    weight_dtype,
+)
+from tests.tiny_llama import Model, load, load_on_disk, logits_of, save_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,3 +179,32 @@ def test_old_modules_and_weights_are_freed(llama: Path, offloaded: bool) -> None
     replace(model)
     gc.collect()
     assert [ref() for ref in watched] == [None] * len(watched)
+
+
+@pytest.mark.parametrize("kind", ["residual", "normalized"])
+@pytest.mark.parametrize("place", ["plain", "disk"])
+def test_trial_leaves_the_model_as_it_was(
+    llama: Path, tmp_path: Path, place: str, kind: Literal["residual", "normalized"]
+) -> None:
+    model = load_on_disk(llama, tmp_path) if place == "disk" else load(llama)
+    modules = list(model.named_modules())
+    files = sorted(tmp_path.iterdir())
+    logits = logits_of(model)
+    trial = Replacement(LinearizedLayer(kind), *linear_map())
+    layers = model.model.layers
+    with replaced(layers, LLAMA, {INDEX: trial}):
+        alone = logits_of(model)
+        with replaced(layers, LLAMA, {0: trial}):
+            assert not torch.equal(logits_of(model), alone)
+        assert torch.equal(logits_of(model), alone)
+    assert not torch.equal(logits, alone)
+    with (
+        pytest.raises(RuntimeError, match="out of memory"),
+        replaced(layers, LLAMA, {1: trial}),
+    ):
+        raise RuntimeError("out of memory")
+    # the same modules under the same names, in the same order
+    assert list(model.named_modules()) == modules
+    assert torch.equal(logits_of(model), logits)
+    gc.collect()
+    assert sorted(tmp_path.iterdir()) == files
