@@ -111,12 +111,21 @@ def timed(engine: Any, job: dict[str, Any]) -> float:
 
 
 def linears(model: Any) -> dict[str, str]:
-    """Return the quantization method of each linear layer in place of an attention."""
-    return {
-        name: type(module.linear.quant_method).__name__
+    """
+    Return the quantization method of each linear layer in place of attention or a block.
+
+    By the name of what it replaced; a layer of low rank is two, with one method.
+    """
+    methods = {
+        name: {
+            type(linear.quant_method).__name__
+            for linear in module.modules()
+            if hasattr(linear, "quant_method")
+        }
         for name, module in model.named_modules()
-        if type(module).__name__ == "LinearizedAttention"
+        if type(module).__name__ in ("LinearizedAttention", "LinearizedBlock")
     }
+    return {name: ", ".join(sorted(found)) for name, found in methods.items()}
 
 
 def sabotage(step: str) -> None:

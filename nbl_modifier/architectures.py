@@ -25,6 +25,9 @@ class Architecture:
     :param layers: path of the decoder layer list inside the causal language model
     :param attention: name of the attention module inside a decoder layer
     :param input_norm: name of the norm in front of attention inside a decoder layer
+    :param vllm_stream: how vLLM's decoder layers hand on the residual stream: as the
+        ``sum`` of the two tensors they return, as the ``first`` of them, or as the
+        ``only`` one
     """
 
     model_type: str
@@ -32,6 +35,7 @@ class Architecture:
     layers: str = "model.layers"
     attention: str = "self_attn"
     input_norm: str = "input_layernorm"
+    vllm_stream: str = "sum"
 
     @property
     def nbl_model_type(self) -> str:
@@ -53,9 +57,13 @@ class Architecture:
         """Class name of the linearized decoder without a head."""
         return "NBL" + self.base_model
 
+    def layer_name(self, index: int) -> str:
+        """Module name of decoder layer ``index``."""
+        return f"{self.layers}.{index}"
+
     def attention_name(self, index: int) -> str:
         """Module name of the attention of decoder layer ``index``."""
-        return f"{self.layers}.{index}.{self.attention}"
+        return f"{self.layer_name(index)}.{self.attention}"
 
 
 ARCHITECTURES: dict[str, Architecture] = {

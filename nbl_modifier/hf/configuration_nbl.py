@@ -7,8 +7,8 @@ copied beside checkpoints that load with ``trust_remote_code=True``.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, Self
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -20,35 +20,85 @@ __all__ = ["FORMAT_VERSION", "LinearizedLayer", "NBLConfigMixin", "config_class"
 #: Version of the ``nbl_config`` block; a reader refuses a newer one.
 FORMAT_VERSION = 1
 
+_WRITTEN_BY_ANOTHER = (
+    "The checkpoint was written by a newer nbl_modifier, or edited; upgrade with "
+    "`pip install -U nbl-modifier`."
+)
+
 
 @dataclass(frozen=True)
 class LinearizedLayer:
     """
-    How one decoder layer was linearized.
+    What is done to one decoder layer.
 
-    :param input: what the linear layer reads: the ``residual`` stream (the input norm
-        is folded into the map and gone) or the norm's output (``normalized``)
-    :param kind: the part of the layer that was replaced
-    :param method: what replaced it
+    A dropped block has no entry in a checkpoint: it is not there at all, and the layers
+    after it have moved up.
+
+    :param input: what the replacement reads: the ``residual`` stream (the norms in
+        front are folded into the map and gone) or the input norm's output
+        (``normalized``)
+    :param kind: the part of the layer that was replaced: its ``attention``, or the
+        whole transformer ``block``, MLP and norms included
+    :param method: what replaced it: a ``linear`` map of each token, or nothing
+        (``drop``)
+    :param rank: of the linear map, which is then two thin layers; None: full rank, one
+        square layer
+    :raises ValueError: for what this version does not know
     """
 
-    input: Literal["residual", "normalized"]
-    kind: Literal["attention"] = "attention"
-    method: Literal["linear"] = "linear"
+    input: Literal["residual", "normalized"] = "residual"
+    kind: Literal["attention", "block"] = "attention"
+    method: Literal["linear", "drop"] = "linear"
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         for field, allowed in (
             ("input", ("residual", "normalized")),
-            ("kind", ("attention",)),
-            ("method", ("linear",)),
+            ("kind", ("attention", "block")),
+            ("method", ("linear", "drop")),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(
                     f"nbl_config: {field} must be one of {allowed}, got "
-                    f"{getattr(self, field)!r}. The checkpoint was written by a newer "
-                    "nbl_modifier, or edited; upgrade with `pip install -U "
-                    "nbl-modifier`."
+                    f"{getattr(self, field)!r}. {_WRITTEN_BY_ANOTHER}"
                 )
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
+            raise ValueError(
+                f"nbl_config: rank must be null or an integer >= 1, got {self.rank!r}. "
+                f"{_WRITTEN_BY_ANOTHER}"
+            )
+        if self.method == "drop" and self.rank is not None:
+            raise ValueError(
+                f"nbl_config: method drop has no rank, got {self.rank}. "
+                f"{_WRITTEN_BY_ANOTHER}"
+            )
+        if self.kind == "block" and self.input != "residual":
+            raise ValueError(
+                "nbl_config: kind block reads the residual stream, so input must be "
+                f"'residual', got {self.input!r}. {_WRITTEN_BY_ANOTHER}"
+            )
+
+    @classmethod
+    def from_entry(cls, entry: dict[str, Any]) -> Self:
+        """
+        Return the layer that an entry of ``config.json`` describes.
+
+        :param entry: its fields; what an earlier version did not write has its default
+        :raises ValueError: if there is a field or value that this version does not know
+        """
+        unknown = sorted(set(entry) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"nbl_config: a layer has the unknown field {', '.join(unknown)}. "
+                f"{_WRITTEN_BY_ANOTHER}"
+            )
+        layer = cls(**entry)
+        if (layer.kind, layer.method) == ("block", "drop"):
+            raise ValueError(
+                "nbl_config: a dropped block has no entry in a checkpoint, got one. "
+                f"{_WRITTEN_BY_ANOTHER}"
+            )
+        return layer
 
 
 class NBLConfigMixin:
@@ -76,7 +126,7 @@ class NBLConfigMixin:
                 "`pip install -U nbl-modifier`."
             )
         layers = {
-            int(index): LinearizedLayer(**entry)
+            int(index): LinearizedLayer.from_entry(entry)
             for index, entry in sorted(
                 block["layers"].items(), key=lambda item: int(item[0])
             )

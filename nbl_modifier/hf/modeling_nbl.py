@@ -1,5 +1,5 @@
 """
-transformers models whose attention is linear in some layers.
+transformers models in which some attention layers, or whole blocks, are linear.
 
 No modelling code is copied: each class is the stock one, with the linearized layers
 swapped after construction. Imports only torch, transformers and its two siblings, since
@@ -8,7 +8,7 @@ this file is also copied beside checkpoints (``trust_remote_code=True``).
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -22,11 +22,40 @@ from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture
 from .configuration_nbl import LinearizedLayer, config_class
 
 __all__ = [
+    "DroppedAttention",
     "LinearizedAttention",
+    "LinearizedBlock",
+    "LowRankLinear",
     "decoder_layers",
     "linearize_attention",
+    "linearize_block",
+    "linearize_layer",
     "model_class",
 ]
+
+
+class LowRankLinear(nn.Module):
+    """
+    Affine map of low rank, as two linear layers.
+
+    :param reduce: weight ``[rank, d_in]``, no bias
+    :param expand: weight ``[d_out, rank]`` and bias ``[d_out]``
+    """
+
+    def __init__(self, reduce: nn.Linear, expand: nn.Linear) -> None:
+        super().__init__()
+        self.reduce = reduce
+        self.expand = expand
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """
+        Return the map of every position.
+
+        :param hidden_states: ``[..., d_in]``
+        :return: ``[..., d_out]``
+        """
+        output: torch.Tensor = self.expand(self.reduce(hidden_states))
+        return output
 
 
 class LinearizedAttention(nn.Module):
@@ -34,11 +63,11 @@ class LinearizedAttention(nn.Module):
     Affine map in place of an attention layer: NBL, arXiv:2505.21077, Eq. for the LMMSE
     estimator ``y = W x + b``.
 
-    :param linear: weight ``[hidden_size, hidden_size]`` and bias ``[hidden_size]``
+    :param linear: the map, ``hidden_size`` to ``hidden_size`` with bias
     :param layer_idx: index of the decoder layer, its slot in the KV cache
     """
 
-    def __init__(self, linear: nn.Linear, layer_idx: int) -> None:
+    def __init__(self, linear: nn.Linear | LowRankLinear, layer_idx: int) -> None:
         super().__init__()
         self.linear = linear
         self.layer_idx = layer_idx
@@ -58,6 +87,89 @@ class LinearizedAttention(nn.Module):
         if past_key_values is not None:
             _advance(past_key_values, self.layer_idx, hidden_states)
         return self.linear(hidden_states), None
+
+
+class DroppedAttention(nn.Module):
+    """
+    Nothing in place of an attention layer: it adds zero to the residual stream.
+
+    Attention DROP, the baseline of NBL, arXiv:2505.21077, and of LLM-Drop,
+    arXiv:2406.15786.
+
+    :param layer_idx: index of the decoder layer, its slot in the KV cache
+    """
+
+    def __init__(self, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """
+        Return zero for every position, and no attention weights.
+
+        :param hidden_states: ``[batch, tokens, hidden_size]``
+        :param past_key_values: the KV cache, told how many tokens were seen
+        """
+        if past_key_values is not None:
+            _advance(past_key_values, self.layer_idx, hidden_states)
+        return torch.zeros_like(hidden_states), None
+
+
+class LinearizedBlock(nn.Module):
+    """
+    Affine map in place of a whole transformer block: NBL, arXiv:2505.21077, applied to
+    blocks.
+
+    The map gives what the block adds to the residual stream, so that the stream itself
+    passes unrounded, also where the map is quantized or of low rank. For the LMMSE
+    estimator that is the same as mapping the stream to the stream.
+
+    :param linear: the map, ``hidden_size`` to ``hidden_size`` with bias; None for a
+        block that adds nothing
+    :param layer_idx: index of the decoder layer, its slot in the KV cache
+    """
+
+    def __init__(
+        self, linear: nn.Linear | LowRankLinear | None, layer_idx: int
+    ) -> None:
+        # Not super(): the next class is the stock block, made in linearize_block().
+        nn.Module.__init__(self)
+        self.linear = linear
+        self.layer_idx = layer_idx
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        past_key_values: Cache | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """
+        Return the residual stream after the block.
+
+        :param hidden_states: the stream before it, ``[batch, tokens, hidden_size]``
+        :param past_key_values: the KV cache, told how many tokens were seen
+        """
+        if past_key_values is not None:
+            _advance(past_key_values, self.layer_idx, hidden_states)
+        if self.linear is None:
+            return hidden_states
+        return hidden_states + self.linear(hidden_states)
+
+
+@cache
+def _block_class(stock: type[nn.Module]) -> type[LinearizedBlock]:
+    # Still one of the model's blocks: what collects hidden states, checkpoints
+    # gradients or calibrates layer by layer finds blocks by their class.
+    return type(
+        "Linearized" + stock.__name__,
+        (LinearizedBlock, stock),
+        {"__module__": __name__, "__doc__": LinearizedBlock.__doc__},
+    )
 
 
 def _advance(cache: Cache, layer_idx: int, hidden_states: torch.Tensor) -> None:
@@ -99,8 +211,8 @@ def linearize_attention(
     architecture: Architecture,
     index: int,
     spec: LinearizedLayer,
-    linear: nn.Linear,
-) -> LinearizedAttention:
+    linear: nn.Linear | LowRankLinear | None,
+) -> LinearizedAttention | DroppedAttention:
     """
     Replace the attention of one decoder layer, in place.
 
@@ -111,14 +223,60 @@ def linearize_attention(
     :param architecture: names of the modules inside it
     :param index: index of the decoder layer
     :param spec: what the linear layer reads
-    :param linear: the map, ``[hidden_size, hidden_size]`` with bias
+    :param linear: the map, ``hidden_size`` to ``hidden_size`` with bias; None to drop
+        attention
     :return: the new module
     """
-    replacement = LinearizedAttention(linear, index)
+    replacement = (
+        DroppedAttention(index)
+        if linear is None
+        else LinearizedAttention(linear, index)
+    )
     setattr(layer, architecture.attention, replacement)
     if spec.input == "residual":
         setattr(layer, architecture.input_norm, nn.Identity())
     return replacement
+
+
+def linearize_block(
+    layers: nn.ModuleList, index: int, linear: nn.Linear | LowRankLinear | None
+) -> LinearizedBlock:
+    """
+    Replace one whole decoder layer, in place.
+
+    :param layers: the decoder layers
+    :param index: which one
+    :param linear: the map from the residual stream to what is added to it; None to add
+        nothing
+    :return: the new block, of a class derived from the old one's
+    """
+    stock = type(layers[index])
+    replacement = _block_class(stock)(linear, index)
+    layers[index] = replacement
+    return replacement
+
+
+def linearize_layer(
+    layers: nn.ModuleList,
+    architecture: Architecture,
+    index: int,
+    spec: LinearizedLayer,
+    linear: nn.Linear | LowRankLinear | None,
+) -> nn.Module:
+    """
+    Replace the part of one decoder layer that ``spec`` names, in place.
+
+    :param layers: the decoder layers
+    :param architecture: names of the modules inside them
+    :param index: which one
+    :param spec: what is replaced, by what, and what that reads
+    :param linear: the map; None where ``spec.method`` is ``drop``
+    :return: the new module
+    """
+    assert (linear is None) == (spec.method == "drop")
+    if spec.kind == "block":
+        return linearize_block(layers, index, linear)
+    return linearize_attention(layers[index], architecture, index, spec, linear)
 
 
 def _linearize_skeleton(model: PreTrainedModel) -> None:
@@ -127,8 +285,21 @@ def _linearize_skeleton(model: PreTrainedModel) -> None:
     architecture = architecture_of(config.model_type)
     layers = decoder_layers(model, architecture)
     for index, spec in config.linearized_layers().items():
-        linear = nn.Linear(config.hidden_size, config.hidden_size)
-        linearize_attention(layers[index], architecture, index, spec, linear)
+        linear = _empty_map(config.hidden_size, spec)
+        linearize_layer(layers, architecture, index, spec, linear)
+
+
+def _empty_map(
+    hidden_size: int, spec: LinearizedLayer
+) -> nn.Linear | LowRankLinear | None:
+    if spec.method == "drop":
+        return None
+    if spec.rank is None:
+        return nn.Linear(hidden_size, hidden_size)
+    return LowRankLinear(
+        nn.Linear(hidden_size, spec.rank, bias=False),
+        nn.Linear(spec.rank, hidden_size),
+    )
 
 
 def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -> type:
@@ -146,7 +317,7 @@ def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -
         {
             "__init__": initialize,
             "__module__": __name__,
-            "__doc__": f"``{base.__name__}`` with linearized attention layers.",
+            "__doc__": f"``{base.__name__}`` with linearized layers.",
             "config_class": config_class(architecture),
         },
     )

@@ -9,7 +9,9 @@ from .cca import canonical_correlations, nmse_bound
 from .covariance import CovarianceAccumulator
 from .lmmse import LinearMap, mse, nmse, solve_lmmse
 from .psd import DampedCholesky, damped_cholesky
+from .reduced_rank import LowRankMap, reduce_rank
 from .stats import CovarianceStats, NonFiniteError
+from .value_output import value_output_map
 
 __all__ = [
     "AttentionSolution",
@@ -17,12 +19,15 @@ __all__ = [
     "CovarianceStats",
     "DampedCholesky",
     "LinearMap",
+    "LowRankMap",
     "NonFiniteError",
     "canonical_correlations",
     "damped_cholesky",
     "mse",
     "nmse",
     "nmse_bound",
+    "reduce_rank",
     "solve_attention",
     "solve_lmmse",
+    "value_output_map",
 ]

@@ -1,5 +1,5 @@
 """
-vLLM's models with linear layers in place of some attention layers.
+vLLM's models with linear layers in place of some attention layers or whole blocks.
 
 No model code is copied. Each class is vLLM's own plus :class:`LinearizedMixin`, made
 when its name is first asked for, so that only the family being served is imported.
@@ -14,47 +14,118 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_pp_group
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
-from vllm.model_executor.layers.linear import ColumnParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    ReplicatedLinear,
+)
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from nbl_modifier.architectures import ARCHITECTURES, Architecture
+from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 
-__all__ = ["LinearizedAttention", "LinearizedMixin", "ResidualAdd"]
+__all__ = [
+    "DroppedAttention",
+    "LinearizedAttention",
+    "LinearizedBlock",
+    "LinearizedMixin",
+    "LowRankLinear",
+    "ResidualAdd",
+]
 
 # Below "vllm", the only logger that vLLM gives a handler.
 logger = init_logger(f"vllm.{__name__}")
+
+
+class LowRankLinear(nn.Module):
+    """
+    Affine map of low rank, as two linear layers.
+
+    In tensor parallel both are split over their output features, so that groups of a
+    quantized input dimension stay whole in each of them, whatever the rank. Where the
+    rank cannot be split evenly, every process holds all of the first layer.
+
+    :param hidden_size: width of the residual stream
+    :param rank: features between the two layers
+    :param quant_config: the checkpoint's quantization, or None
+    :param prefix: name of this module
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        rank: int,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        options = {"quant_config": quant_config, "prefix": f"{prefix}.reduce"}
+        if rank % get_tensor_model_parallel_world_size() == 0:
+            self.reduce = ColumnParallelLinear(
+                hidden_size, rank, bias=False, gather_output=True, **options
+            )
+        else:
+            self.reduce = ReplicatedLinear(hidden_size, rank, bias=False, **options)
+        self.expand = ColumnParallelLinear(
+            rank,
+            hidden_size,
+            bias=True,
+            gather_output=True,
+            quant_config=quant_config,
+            prefix=f"{prefix}.expand",
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """
+        Return the map of every token, and no bias, as vLLM's linear layers do.
+
+        :param hidden_states: ``[num_tokens, hidden_size]``
+        :return: ``[num_tokens, hidden_size]``, None
+        """
+        reduced, _bias = self.reduce(hidden_states)
+        output, _bias = self.expand(reduced)
+        return output, None
+
+
+def _make_map(
+    hidden_size: int,
+    spec: LinearizedLayer,
+    quant_config: QuantizationConfig | None,
+    prefix: str,
+) -> nn.Module:
+    """
+    Return the linear map of a layer, split over its output features in tensor parallel.
+
+    Each rank holds 1/TP of the weight, and groups of a quantized input dimension stay
+    whole.
+    """
+    if spec.rank is not None:
+        return LowRankLinear(hidden_size, spec.rank, quant_config, prefix)
+    # Exactly this class: LoRA does not recognize subclasses of it.
+    return ColumnParallelLinear(
+        hidden_size,
+        hidden_size,
+        bias=True,
+        gather_output=True,
+        quant_config=quant_config,
+        prefix=prefix,
+    )
 
 
 class LinearizedAttention(nn.Module):
     """
     Affine map in place of an attention layer, without a KV cache.
 
-    Split over its output features in tensor parallel: each rank holds 1/TP of the
-    weight, and groups of a quantized input dimension stay whole.
-
-    :param hidden_size: width of the residual stream
-    :param quant_config: the checkpoint's quantization, or None
-    :param prefix: name of the attention module it replaces
+    :param linear: the map
     """
 
-    def __init__(
-        self, hidden_size: int, quant_config: QuantizationConfig | None, prefix: str
-    ) -> None:
+    def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        # Exactly this class: LoRA does not recognize subclasses of it.
-        self.linear = ColumnParallelLinear(
-            hidden_size,
-            hidden_size,
-            bias=True,
-            gather_output=True,
-            quant_config=quant_config,
-            prefix=f"{prefix}.linear",
-        )
+        self.linear = linear
 
     def forward(
         self,
@@ -71,6 +142,66 @@ class LinearizedAttention(nn.Module):
         """
         output, _bias = self.linear(hidden_states)
         return output
+
+
+class DroppedAttention(nn.Module):
+    """Nothing in place of an attention layer: it adds zero to the residual stream."""
+
+    def forward(
+        self,
+        positions: torch.Tensor,  # noqa: ARG002  # as vLLM's attention modules
+        hidden_states: torch.Tensor,
+        **_: Any,
+    ) -> torch.Tensor:
+        """
+        Return zero for every token.
+
+        :param positions: not used
+        :param hidden_states: ``[num_tokens, hidden_size]``
+        :return: ``[num_tokens, hidden_size]``
+        """
+        return torch.zeros_like(hidden_states)
+
+
+class LinearizedBlock(nn.Module):
+    """
+    Affine map in place of a whole transformer block: what it adds to the stream.
+
+    vLLM's blocks hand on the residual stream in one of three ways, see
+    :attr:`Architecture.vllm_stream`.
+
+    :param linear: the map
+    :param stream: how the family's blocks hand on the residual stream
+    """
+
+    def __init__(self, linear: nn.Module, stream: str) -> None:
+        super().__init__()
+        self.linear = linear
+        self.stream = stream
+
+    def forward(
+        self,
+        positions: torch.Tensor,  # noqa: ARG002  # as vLLM's blocks
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """
+        Return the residual stream after the block, as the family's blocks do.
+
+        :param positions: not used
+        :param hidden_states: ``[num_tokens, hidden_size]``
+        :param residual: same shape, or None in front of the first block
+        :return: ``sum``: what is added to the stream, and the stream before it;
+            ``first``: the stream after it, and before; ``only``: the stream after it
+        """
+        if self.stream == "sum" and residual is not None:
+            hidden_states = (hidden_states + residual).to(hidden_states.dtype)
+        added, _bias = self.linear(hidden_states)
+        if self.stream == "sum":
+            return added, hidden_states
+        after = hidden_states + added
+        return (after, hidden_states) if self.stream == "first" else after
 
 
 class ResidualAdd(nn.Module):
@@ -130,20 +261,22 @@ class LinearizedMixin:
         architecture = self.architecture
         layers: nn.ModuleList = self.get_submodule(architecture.layers)  # type: ignore[attr-defined]
         for index, spec in linearized.items():
-            layer = layers[index]
-            if isinstance(layer, PPMissingLayer):  # on another pipeline stage
+            if isinstance(layers[index], PPMissingLayer):  # on another pipeline stage
                 continue
-            _forget(getattr(layer, architecture.attention), vllm_config)
-            replacement = LinearizedAttention(
-                config.hidden_size,
-                vllm_config.quant_config,
-                maybe_prefix(prefix, architecture.attention_name(index)),
-            )
-            setattr(layer, architecture.attention, replacement)
-            if spec.input == "residual":
-                setattr(layer, architecture.input_norm, ResidualAdd())
+            name = architecture.layer_name(index)
+            if spec.kind == "attention":
+                name = architecture.attention_name(index)
+            linear = None
+            if spec.method == "linear":
+                linear = _make_map(
+                    config.hidden_size,
+                    spec,
+                    vllm_config.quant_config,
+                    maybe_prefix(prefix, f"{name}.linear"),
+                )
+            _replace(layers, architecture, index, spec, linear, vllm_config)
         logger.info_once(
-            "%s: %d of %d layers have linear attention and no KV cache: %s",
+            "%s: %d of %d layers have no attention and no KV cache: %s",
             type(self).__name__,
             len(linearized),
             config.num_hidden_layers,
@@ -152,25 +285,52 @@ class LinearizedMixin:
         )
 
 
-def _forget(attention: nn.Module, vllm_config: VllmConfig) -> None:
-    """
-    Withdraw the layers inside ``attention`` from vLLM's list of layers with a KV cache.
+def _replace(
+    layers: nn.ModuleList,
+    architecture: Architecture,
+    index: int,
+    spec: LinearizedLayer,
+    linear: nn.Module | None,
+    vllm_config: VllmConfig,
+) -> None:
+    """Swap the part of one layer that ``spec`` names, and have vLLM forget the old."""
+    layer = layers[index]
+    if spec.kind == "block":
+        assert linear is not None  # a dropped block is in no checkpoint
+        _forget(layer, vllm_config)
+        layers[index] = LinearizedBlock(linear, architecture.vllm_stream)
+        return
+    _forget(getattr(layer, architecture.attention), vllm_config)
+    replacement = DroppedAttention() if linear is None else LinearizedAttention(linear)
+    setattr(layer, architecture.attention, replacement)
+    if spec.input == "residual":
+        setattr(layer, architecture.input_norm, ResidualAdd())
 
-    Without it everything would work, and no memory would be freed.
+
+def _forget(replaced: nn.Module, vllm_config: VllmConfig) -> None:
     """
-    context = vllm_config.compilation_config.static_forward_context
-    inside = {id(module) for module in attention.modules()}
+    Withdraw what is inside ``replaced`` from vLLM's lists of layers.
+
+    Of those with a KV cache: without it everything would work, and no memory would be
+    freed. Of mixtures of experts, which vLLM counts off one by one in each forward
+    pass: with one too many the next one would use the wrong weights.
+    """
+    compilation = vllm_config.compilation_config
+    context = compilation.static_forward_context
+    inside = {id(module) for module in replaced.modules()}
     names = [name for name, module in context.items() if id(module) in inside]
-    assert names, f"{attention} has no entry in static_forward_context"
+    assert names, f"{replaced} has no entry in static_forward_context"
     for name in names:
         del context[name]
+        if name in compilation.static_all_moe_layers:
+            compilation.static_all_moe_layers.remove(name)
 
 
 def _check_stages(linearized: Iterable[int], vllm_config: VllmConfig) -> None:
     """
     Refuse a placement of layers that vLLM cannot make a KV cache for.
 
-    :param linearized: indices of the linearized layers
+    :param linearized: indices of the layers without attention
     :raises ValueError: naming the pipeline stages left without attention
     """
     num_layers = vllm_config.model_config.hf_config.num_hidden_layers
@@ -187,14 +347,14 @@ def _check_stages(linearized: Iterable[int], vllm_config: VllmConfig) -> None:
         # Without any KV cache vLLM works, but for its prefix cache.
         if vllm_config.cache_config.enable_prefix_caching:
             raise ValueError(
-                f"nbl_config: all {num_layers} layers have linear attention, so there "
+                f"nbl_config: none of the {num_layers} layers has attention, so there "
                 "is no KV cache, and vLLM's prefix caching needs one. Start vLLM with "
                 "--no-enable-prefix-caching."
             )
         return
     if linear.issuperset(range(num_layers)):
         remedy = (
-            "All layers of this model are linear: start vLLM with "
+            "No layer of this model has attention: start vLLM with "
             "--pipeline-parallel-size 1."
         )
     else:
@@ -225,7 +385,7 @@ def _make_class(architecture: Architecture) -> type[nn.Module]:
         {
             "architecture": architecture,
             "__module__": __name__,
-            "__doc__": f"``{base.__name__}`` with linearized attention layers.",
+            "__doc__": f"``{base.__name__}`` with linearized layers.",
         },
     )
 

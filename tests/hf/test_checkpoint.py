@@ -204,7 +204,7 @@ def test_config(llama: Path, rows: Dataset, tmp_path: Path, packed: bool) -> Non
     config = saved_config(tmp_path / "out")
     assert config["model_type"] == "nbl_llama"
     assert config["architectures"] == ["NBLLlamaForCausalLM"]
-    layer = {"input": "residual", "kind": "attention", "method": "linear"}
+    layer = {"input": "residual", "kind": "attention", "method": "linear", "rank": None}
     assert config["nbl_config"] == {
         "version": 1,
         "layers": {"0": layer, "2": layer},

@@ -57,18 +57,24 @@ def test_block_names_layers_in_order() -> None:
         "input": "normalized",
         "kind": "attention",
         "method": "linear",
+        "rank": None,
     }
 
 
 def test_round_trip_through_disk(tmp_path: Path) -> None:
-    layers = {10: LinearizedLayer("residual"), 2: LinearizedLayer("normalized")}
+    layers = {
+        10: LinearizedLayer("residual", rank=16),
+        2: LinearizedLayer("normalized"),
+        3: LinearizedLayer(method="drop"),
+        4: LinearizedLayer(kind="block"),
+    }
     make_config(nbl_config=nbl_config_block(layers)).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == "nbl_llama"
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is config_class(LLAMA)
     assert config.linearized_layers() == layers
-    assert list(config.linearized_layers()) == [2, 10]  # as numbers, not as text
+    assert list(config.linearized_layers()) == [2, 3, 4, 10]  # as numbers, not as text
 
 
 def test_registering_twice_is_fine() -> None:
@@ -98,17 +104,52 @@ def test_layer_that_does_not_exist_is_refused(index: int) -> None:
     assert "0 to 11" in str(error.value)
 
 
+def with_entry(**fields: Any) -> Any:
+    block = nbl_config_block({0: LinearizedLayer("residual")})
+    block["layers"]["0"] |= fields
+    return make_config(nbl_config=block)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("input", "output"), ("kind", "mlp"), ("method", "polynomial")],
 )
 def test_unknown_kind_of_layer_is_refused(field: str, value: str) -> None:
-    block = nbl_config_block({0: LinearizedLayer("residual")})
-    block["layers"]["0"][field] = value
-    config = make_config(nbl_config=block)
     with pytest.raises(ValueError, match=f"{field} must be one of") as error:
-        config.linearized_layers()
+        with_entry(**{field: value}).linearized_layers()
     assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("rank", [0, -1, 0.5, True, "8"])
+def test_rank_that_is_no_rank_is_refused(rank: Any) -> None:
+    with pytest.raises(ValueError, match="rank must be null or an integer") as error:
+        with_entry(rank=rank).linearized_layers()
+    assert repr(rank) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "drop", "rank": 8}, "method drop has no rank, got 8"),
+        ({"kind": "block", "input": "normalized"}, "kind block reads the residual"),
+        ({"kind": "block", "method": "drop"}, "a dropped block has no entry"),
+        ({"experts": 4}, "unknown field experts"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        with_entry(**fields).linearized_layers()
+    assert "pip install -U nbl-modifier" in str(error.value)
+
+
+def test_entry_of_the_first_version_is_read() -> None:
+    """Written before there were ranks."""
+    block = nbl_config_block({3: LinearizedLayer("normalized")})
+    del block["layers"]["3"]["rank"]
+    layers = make_config(nbl_config=block).linearized_layers()
+    assert layers == {3: LinearizedLayer("normalized")}
 
 
 def test_base_class_is_untouched() -> None:

@@ -104,3 +104,17 @@ def condition_number(X: Array) -> float:
     norms = np.linalg.norm(Xc, axis=0)
     s = scipy.linalg.svd(Xc[:, norms > 0] / norms[norms > 0], compute_uv=False)
     return float((s[0] / s[-1]) ** 2)
+
+
+def reduced_rank(X: Array, Y: Array, rank: int) -> tuple[Array, Array]:
+    """
+    Return W and b of the best map of that rank, by truncating the whitened regression.
+
+    ``W_r = [C_yx C_xx^(-1/2)]_r C_xx^(-1/2)``, with ``[.]_r`` the truncated SVD: the
+    error is ``||C_yx C_xx^(-1/2) - W_r C_xx^(1/2)||_F^2`` plus a constant.
+    """
+    m = moments(X, Y)
+    root = inverse_square_root(m.cov_xx)
+    U, s, Vt = scipy.linalg.svd(m.cov_yx @ root, full_matrices=False)
+    W: Array = (U[:, :rank] * s[:rank]) @ Vt[:rank] @ root
+    return W, m.mean_y - W @ m.mean_x
