@@ -112,7 +112,7 @@ def timed(engine: Any, job: dict[str, Any]) -> float:
 
 def linears(model: Any) -> dict[str, str]:
     """
-    Return the quantization method of each linear layer in place of attention or a block.
+    Return the quantization method of each linear layer that replaced something.
 
     By the name of what it replaced; a layer of low rank is two, with one method.
     """
@@ -138,7 +138,7 @@ def sabotage(step: str) -> None:
     from nbl_modifier.vllm_plugin import model
 
     assert step == "keep_kv_cache", step
-    model._forget = lambda attention, vllm_config: None
+    model._forget = lambda replaced, vllm_config: None
 
 
 if __name__ == "__main__":

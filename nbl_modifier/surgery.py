@@ -1,5 +1,5 @@
 """
-Replaces attention modules of a live model, on whatever device its weights are kept.
+Replaces attention, or whole blocks, of a live model, wherever its weights are kept.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from compressed_tensors.offload import (
@@ -19,13 +20,12 @@ from torch import Tensor, nn
 
 from .architectures import Architecture
 from .hf.configuration_nbl import LinearizedLayer
-from .hf.modeling_nbl import linearize_attention
+from .hf.modeling_nbl import LowRankLinear, linearize_layer
 
 __all__ = [
     "Replacement",
     "drop_restored_norms",
     "replace",
-    "replace_attention",
     "replaced",
     "weight_dtype",
 ]
@@ -37,13 +37,35 @@ class Replacement:
     What takes the place of a part of one decoder layer: the candidate of a selection.
 
     :param spec: what is replaced, by what, and what that reads
-    :param weight: ``[hidden_size, hidden_size]``, in the dtype of the model, any device
-    :param bias: ``[hidden_size]``, likewise
+    :param weight: ``[hidden_size, hidden_size]``, in the dtype of the model, any
+        device; ``[hidden_size, rank]`` if the map is of low rank; None if nothing is
+        put in place
+    :param bias: ``[hidden_size]``, likewise, or None
+    :param reduce: the factor applied first, ``[rank, hidden_size]``; None: full rank
     """
 
     spec: LinearizedLayer
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    reduce: Tensor | None = None
+
+    def modules(self, device: torch.device) -> nn.Linear | LowRankLinear | None:
+        """Return the map as it goes into a model, on ``device``; None for a drop."""
+        if self.weight is None:
+            return None
+        linear = _linear(self.weight, self.bias, device)
+        if self.reduce is None:
+            return linear
+        return LowRankLinear(_linear(self.reduce, None, device), linear)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> nn.Linear:
+    d_out, d_in = weight.shape
+    linear = nn.Linear(d_in, d_out, bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(device), requires_grad=False)
+    return linear
 
 
 def weight_dtype(attention: nn.Module) -> torch.dtype:
@@ -64,14 +86,7 @@ def replace(
     :param replacements: by decoder layer index
     """
     for index, replacement in sorted(replacements.items()):
-        replace_attention(
-            layers[index],
-            architecture,
-            index,
-            replacement.spec,
-            replacement.weight,
-            replacement.bias,
-        )
+        _replace_layer(layers, architecture, index, replacement)
 
 
 @contextmanager
@@ -106,51 +121,46 @@ def replaced(
 def _discard(modules: Iterable[nn.Module]) -> None:
     """Remove the weights of ``modules``, from disk too if they are offloaded there."""
     for module in modules:
-        for name in list(module._parameters):
+        # Not a missing bias: there is nothing of it on disk that could be removed.
+        for name in [name for name, _ in module.named_parameters(recurse=False)]:
             del module._parameters[name]
 
 
-def replace_attention(
-    layer: nn.Module,
+def _replace_layer(
+    layers: nn.ModuleList,
     architecture: Architecture,
     index: int,
-    spec: LinearizedLayer,
-    weight: Tensor,
-    bias: Tensor,
+    replacement: Replacement,
 ) -> None:
-    """
-    Put an ``nn.Linear`` in place of one layer's attention, in place.
-
-    :param layer: the decoder layer
-    :param architecture: names of the modules inside it
-    :param index: index of the decoder layer
-    :param spec: what the linear layer reads
-    :param weight: ``[hidden_size, hidden_size]``, any dtype and device
-    :param bias: ``[hidden_size]``
-    """
-    attention = layer.get_submodule(architecture.attention)
+    layer, spec = layers[index], replacement.spec
+    old = layer
+    if spec.kind == "attention":
+        old = layer.get_submodule(architecture.attention)
     # The first submodule with weights: where they are kept, and how they are loaded
-    # for execution (CPU, GPU or disk).
+    # for execution (CPU, GPU or disk). Dropped attention has none of its own.
     kept = next(
         module
-        for module in attention.modules()
+        for module in chain(old.modules(), layer.modules())
         if next(module.parameters(recurse=False), None) is not None
     )
     offloaded = isinstance(kept._parameters, OffloadCache)
     device = get_offloaded_device(kept)
     if device == "disk":
         device = torch.device("cpu")  # offload_module() below writes it to disk
-    d_out, d_in = weight.shape
-    linear = nn.Linear(d_in, d_out, device="meta")
-    linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
-    linear.bias = nn.Parameter(bias.to(device), requires_grad=False)
-    replacement = linearize_attention(layer, architecture, index, spec, linear)
-    for module in (replacement, layer.get_submodule(architecture.input_norm)):
-        module.train(attention.training)
+    linear = replacement.modules(device)
+    new = linearize_layer(layers, architecture, index, spec, linear)
+    if spec.kind == "block":
+        # Where llm-compressor can put back norms by name, see drop_restored_norms().
+        new.add_module(architecture.attention, nn.Module())
+    changed = [new]
+    if spec.kind == "attention" and spec.input == "residual":
+        changed.append(layer.get_submodule(architecture.input_norm))
+    for module in changed:
+        module.train(old.training)
     if offloaded:
         # Otherwise the next set_onload_device() would pin the weights where they are
         # now, outside of what the run may hold on the device.
-        for module in replacement.modules():
+        for module in new.modules():
             offload_module(module, **get_cache_init_kwargs(kept))
 
 
@@ -163,16 +173,19 @@ def drop_restored_norms(
     For the time of a run it exchanges norms that scale by ``1 + weight`` (Gemma's), and
     at the end restores them by name, those that are gone by then included
     (llmcompressor 0.14.0.1, modeling/offset_norm.py, ``norm_calibration_context``): the
-    query and key norms of a removed attention, and the input norm that was folded into
-    the map, which would run again.
+    query and key norms of a removed attention, the input norm that was folded into the
+    map, which would run again, and all norms of a removed block.
 
-    :param layer: a decoder layer, replaced by :func:`replace_attention`
+    :param layer: a decoder layer, replaced by :func:`replace`
     :param architecture: names of the modules inside it
-    :param spec: what its linear layer reads
+    :param spec: what was done to it
     """
-    attention = layer.get_submodule(architecture.attention)
-    for name in [name for name, _ in attention.named_children() if name != "linear"]:
-        delattr(attention, name)
+    block = spec.kind == "block"
+    replaced = layer if block else layer.get_submodule(architecture.attention)
+    for name in [name for name, _ in replaced.named_children() if name != "linear"]:
+        delattr(replaced, name)
+    if block:
+        return
     norm = layer.get_submodule(architecture.input_norm)
     if spec.input == "residual" and not isinstance(norm, nn.Identity):
         setattr(layer, architecture.input_norm, nn.Identity().train(norm.training))

@@ -15,15 +15,11 @@ from compressed_tensors.offload import (
 )
 from torch import Tensor, nn
 
+from nbl_modifier import surgery
 from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.hf.modeling_nbl import LinearizedAttention
-from nbl_modifier.surgery import (
-    Replacement,
-    replace_attention,
-    replaced,
-    weight_dtype,
-)
+from nbl_modifier.surgery import Replacement, replaced, weight_dtype
 from tests.tiny_llama import Model, load, load_on_disk, logits_of, save_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,8 +42,8 @@ def replace(
 ) -> Any:
     """Replace attention in layer ``INDEX``; return the decoder layer."""
     layer = model.model.layers[INDEX]
-    weight, bias = linear_map(dtype)
-    replace_attention(layer, LLAMA, INDEX, LinearizedLayer(kind), weight, bias)
+    replacement = Replacement(LinearizedLayer(kind), *linear_map(dtype))
+    surgery.replace(model.model.layers, LLAMA, {INDEX: replacement})
     return layer
 
 
@@ -181,16 +177,76 @@ def test_old_modules_and_weights_are_freed(llama: Path, offloaded: bool) -> None
     assert [ref() for ref in watched] == [None] * len(watched)
 
 
-@pytest.mark.parametrize("kind", ["residual", "normalized"])
+def low_rank_map() -> tuple[Tensor, Tensor, Tensor]:
+    """Return the factor applied last, the bias, and the factor applied first."""
+    weight, bias = linear_map()
+    return weight[:, :8].contiguous(), bias, weight[8:16].contiguous()
+
+
+REPLACEMENTS = {
+    "residual": Replacement(LinearizedLayer("residual"), *linear_map()),
+    "normalized": Replacement(LinearizedLayer("normalized"), *linear_map()),
+    "low-rank": Replacement(LinearizedLayer("residual", rank=8), *low_rank_map()),
+    "drop": Replacement(LinearizedLayer(method="drop")),
+    "block": Replacement(LinearizedLayer(kind="block"), *linear_map()),
+    "low-rank-block": Replacement(
+        LinearizedLayer(kind="block", rank=8), *low_rank_map()
+    ),
+    "dropped-block": Replacement(LinearizedLayer(kind="block", method="drop")),
+}
+
+
+@pytest.fixture(params=REPLACEMENTS)
+def trial(request: pytest.FixtureRequest) -> Replacement:
+    return REPLACEMENTS[request.param]
+
+
+@pytest.mark.parametrize("place", ["plain", "cpu", "disk"])
+def test_every_replacement_runs_wherever_weights_are(
+    llama: Path, tmp_path: Path, place: str, trial: Replacement
+) -> None:
+    model = load_on_disk(llama, tmp_path) if place == "disk" else load(llama)
+    if place == "cpu":
+        set_onload_device(model, torch.device("cpu"))
+    layer = model.model.layers[INDEX]
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(1, 5, WIDTH, generator=generator)
+    seen = hidden
+    if trial.spec.input == "normalized":
+        seen = layer.input_layernorm(hidden)
+    if trial.reduce is not None:
+        seen = seen @ trial.reduce.T
+    output = hidden
+    if trial.weight is not None:
+        output = hidden + nn.functional.linear(seen, trial.weight, trial.bias)
+    if trial.spec.kind == "attention":
+        output = output + layer.mlp(layer.post_attention_layernorm(output))
+    surgery.replace(model.model.layers, LLAMA, {INDEX: trial})
+    replaced_layer = model.model.layers[INDEX]
+    # float32 sums of 32 products in another order
+    torch.testing.assert_close(run(replaced_layer), output, rtol=0, atol=2e-5)
+    assert {module.training for module in model.modules()} == {layer.training}
+    if place != "plain":
+        set_onload_device(model, torch.device("cpu"))
+        block = trial.spec.kind == "block"
+        new = replaced_layer if block else replaced_layer.self_attn
+        wanted = settings(model.model.layers[0].mlp.up_proj)
+        assert all(settings(module) == wanted for module in new.modules())
+    surgery.drop_restored_norms(replaced_layer, LLAMA, trial.spec)
+    torch.testing.assert_close(run(replaced_layer), output, rtol=0, atol=2e-5)
+    left = {name.partition(".")[0] for name, _ in replaced_layer.named_modules()} - {""}
+    if trial.spec.kind == "block":
+        assert left == ({"linear"} if trial.weight is not None else set())
+
+
 @pytest.mark.parametrize("place", ["plain", "disk"])
 def test_trial_leaves_the_model_as_it_was(
-    llama: Path, tmp_path: Path, place: str, kind: Literal["residual", "normalized"]
+    llama: Path, tmp_path: Path, place: str, trial: Replacement
 ) -> None:
     model = load_on_disk(llama, tmp_path) if place == "disk" else load(llama)
     modules = list(model.named_modules())
     files = sorted(tmp_path.iterdir())
     logits = logits_of(model)
-    trial = Replacement(LinearizedLayer(kind), *linear_map())
     layers = model.model.layers
     with replaced(layers, LLAMA, {INDEX: trial}):
         alone = logits_of(model)

@@ -8,7 +8,7 @@ this file is also copied beside checkpoints (``trust_remote_code=True``).
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from functools import wraps
 from typing import Any
 
 import torch
@@ -161,15 +161,19 @@ class LinearizedBlock(nn.Module):
         return hidden_states + self.linear(hidden_states)
 
 
-@cache
+_BLOCK_CLASSES: dict[type[nn.Module], type[LinearizedBlock]] = {}
+
+
 def _block_class(stock: type[nn.Module]) -> type[LinearizedBlock]:
-    # Still one of the model's blocks: what collects hidden states, checkpoints
-    # gradients or calibrates layer by layer finds blocks by their class.
-    return type(
-        "Linearized" + stock.__name__,
-        (LinearizedBlock, stock),
-        {"__module__": __name__, "__doc__": LinearizedBlock.__doc__},
-    )
+    if stock not in _BLOCK_CLASSES:
+        # Still one of the model's blocks: what collects hidden states, checkpoints
+        # gradients or calibrates layer by layer finds blocks by their class.
+        _BLOCK_CLASSES[stock] = type(
+            "Linearized" + stock.__name__,
+            (LinearizedBlock, stock),
+            {"__module__": __name__, "__doc__": LinearizedBlock.__doc__},
+        )
+    return _BLOCK_CLASSES[stock]
 
 
 def _advance(cache: Cache, layer_idx: int, hidden_states: torch.Tensor) -> None:

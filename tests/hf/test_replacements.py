@@ -192,7 +192,8 @@ def test_hidden_states_of_every_layer(model: Model) -> None:
 
 
 def test_names_of_the_weights() -> None:
-    config: Any = config_class(LLAMA)(
+    make_config: Any = config_class(LLAMA)
+    config = make_config(
         vocab_size=VOCAB_SIZE,
         hidden_size=D,
         intermediate_size=64,
