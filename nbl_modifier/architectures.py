@@ -19,12 +19,24 @@ class Architecture:
     """
     One supported model family.
 
+    What attention adds to the residual stream is its output, multiplied by
+    ``output_scale`` and passed through ``post_norm`` where a family has these.
+
     :param model_type: ``config.model_type`` of the base model in transformers
     :param causal_lm: class name of the causal language model, the same in
         transformers and in vLLM's registry
+    :param base_model: class name of the decoder without a head in transformers
     :param layers: path of the decoder layer list inside the causal language model
     :param attention: name of the attention module inside a decoder layer
-    :param input_norm: name of the norm in front of attention inside a decoder layer
+    :param input_norm: name of the norm in front of attention inside a decoder layer;
+        None if attention reads the residual stream itself
+    :param post_norm: name of the norm between attention's output and the residual
+        stream, or None
+    :param parallel: whether the MLP reads the output of ``input_norm``, too
+    :param output_scale: name of a decoder layer's factor between attention's output and
+        the residual stream, or None
+    :param expert_names: weights of an expert that checkpoints name otherwise than
+        llm-compressor does: its name, theirs
     :param vllm_stream: how vLLM's decoder layers hand on the residual stream: as the
         ``sum`` of the two tensors they return, as the ``first`` of them, or as the
         ``only`` one
@@ -32,9 +44,14 @@ class Architecture:
 
     model_type: str
     causal_lm: str
+    base_model: str
     layers: str = "model.layers"
     attention: str = "self_attn"
-    input_norm: str = "input_layernorm"
+    input_norm: str | None = "input_layernorm"
+    post_norm: str | None = None
+    parallel: bool = False
+    output_scale: str | None = None
+    expert_names: tuple[tuple[str, str], ...] = ()
     vllm_stream: str = "sum"
 
     @property
@@ -46,11 +63,6 @@ class Architecture:
     def nbl_causal_lm(self) -> str:
         """Class name of the linearized causal language model."""
         return "NBL" + self.causal_lm
-
-    @property
-    def base_model(self) -> str:
-        """Class name of the decoder without a head in transformers."""
-        return self.causal_lm.removesuffix("ForCausalLM") + "Model"
 
     @property
     def nbl_base_model(self) -> str:
@@ -65,13 +77,69 @@ class Architecture:
         """Module name of the attention of decoder layer ``index``."""
         return f"{self.layer_name(index)}.{self.attention}"
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """
+        What a linear layer of this family can read, ``residual``, ``normalized``.
+
+        A norm that the MLP reads, too, cannot be folded into the linear layer.
+        """
+        if self.input_norm is None:
+            return ("residual",)
+        return ("normalized",) if self.parallel else ("residual", "normalized")
+
+    def folded_norms(self, input: str) -> tuple[str, ...]:  # as the field
+        """
+        Return the norms of a decoder layer that its linear layer takes the place of.
+
+        :param input: what the linear layer reads
+        """
+        folds_input = input == "residual" and not self.parallel
+        norms = (self.input_norm if folds_input else None, self.post_norm)
+        return tuple(name for name in norms if name is not None)
+
 
 ARCHITECTURES: dict[str, Architecture] = {
     row.model_type: row
     for row in (
-        Architecture(model_type="llama", causal_lm="LlamaForCausalLM"),
-        Architecture(model_type="mistral", causal_lm="MistralForCausalLM"),
-        Architecture(model_type="qwen3", causal_lm="Qwen3ForCausalLM"),
+        Architecture("llama", "LlamaForCausalLM", "LlamaModel"),
+        Architecture("mistral", "MistralForCausalLM", "MistralModel"),
+        Architecture("qwen2", "Qwen2ForCausalLM", "Qwen2Model"),
+        Architecture("qwen3", "Qwen3ForCausalLM", "Qwen3Model"),
+        Architecture("qwen3_moe", "Qwen3MoeForCausalLM", "Qwen3MoeModel"),
+        Architecture(
+            "mixtral",
+            "MixtralForCausalLM",
+            "MixtralModel",
+            expert_names=(("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")),
+        ),
+        Architecture("phi3", "Phi3ForCausalLM", "Phi3Model"),
+        Architecture(
+            "granite",
+            "GraniteForCausalLM",
+            "GraniteModel",
+            output_scale="residual_multiplier",
+            vllm_stream="only",
+        ),
+        Architecture(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            "Gemma2Model",
+            post_norm="post_attention_layernorm",
+        ),
+        Architecture(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            "Gemma3TextModel",
+            post_norm="post_attention_layernorm",
+        ),
+        Architecture(
+            "cohere",
+            "CohereForCausalLM",
+            "CohereModel",
+            parallel=True,
+            vllm_stream="first",
+        ),
     )
 }
 

@@ -4,6 +4,7 @@ One calibration pass over the attention layers: hooks in, solved linear maps out
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from . import numerics
+from .architectures import Architecture
 from .capture import LayerStatistics, check_causal, valid_tokens
 from .hf.configuration_nbl import LinearizedLayer
 from .preflight import check_num_tokens
@@ -52,8 +54,15 @@ class Calibration:
     Of the replacements only the ``keep`` best are held, on the CPU, in the dtype of the
     model: all of an 80-layer model's would take more memory than its statistics.
 
-    :param attentions: attention module by decoder layer index
-    :param names: its name, likewise
+    What is fitted is what attention adds to the residual stream: its output, through
+    the norm that some families have behind it. The bound is on the stream after that
+    addition, and what is linear in its input is the addition, not what a norm makes of
+    it; a linear map of attention's output alone would also lose the shrinkage that
+    makes an uncertain estimate a good one, which the norm undoes.
+
+    :param layers: decoder layer by index
+    :param names: name of its attention module, likewise
+    :param architecture: names of the modules inside the layers
     :param spec: what is replaced by what, in every layer
     :param dampening_frac: fraction of the mean diagonal of C_xx
     :param criterion: the field of :class:`Measurement` that decides which replacements
@@ -63,8 +72,9 @@ class Calibration:
 
     def __init__(
         self,
-        attentions: dict[int, nn.Module],
+        layers: dict[int, nn.Module],
         names: dict[int, str],
+        architecture: Architecture,
         *,
         spec: LinearizedLayer,
         dampening_frac: float,
@@ -73,8 +83,9 @@ class Calibration:
     ) -> None:
         self.measured: dict[int, Measurement] = {}
         self.replacements: dict[int, Replacement] = {}
-        self._attentions = attentions
+        self._layers = layers
         self._names = names
+        self._architecture = architecture
         self._spec = spec
         self._normalized = spec.input == "normalized"
         self._dampening_frac = dampening_frac
@@ -118,7 +129,9 @@ class Calibration:
         started_at = time.perf_counter()
         name = self._names[index]
         normalized = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        batch, residual = self._residuals.pop(index, (None, None))
+        batch, residual = state.current_batch_idx, normalized
+        if self._architecture.input_norm is not None:
+            batch, residual = self._residuals.pop(index, (-1, None))
         if residual is None or batch != state.current_batch_idx:
             raise RuntimeError(
                 f"{name}: its input norm ran on another batch than attention did. Set "
@@ -133,8 +146,23 @@ class Calibration:
                 name, normalized.shape[-1], self._normalized, normalized.device
             )
         statistics = self._statistics[index]
-        statistics.update(residual, normalized, output[0], valid)
+        added = self._added_to_stream(index, output[0])
+        statistics.update(residual, normalized, added, valid)
         statistics.seconds += time.perf_counter() - started_at
+
+    def _added_to_stream(self, index: int, output: Tensor) -> Tensor:
+        """Return what attention's output of layer ``index`` adds to the stream."""
+        post_norm, scale = self._architecture.post_norm, self._output_scale(index)
+        if post_norm is not None:
+            output = self._layers[index].get_submodule(post_norm)(output)
+        return output if scale == 1.0 else output * scale
+
+    def _attention(self, index: int) -> nn.Module:
+        return self._layers[index].get_submodule(self._architecture.attention)
+
+    def _output_scale(self, index: int) -> float:
+        scale = self._architecture.output_scale
+        return 1.0 if scale is None else getattr(self._layers[index], scale)
 
     def solve_finished(self, modules: Iterable[nn.Module]) -> None:
         """
@@ -146,7 +174,7 @@ class Calibration:
         """
         finished = set(map(id, modules))
         for index in sorted(self._statistics):
-            if id(self._attentions[index]) in finished:
+            if id(self._attention(index)) in finished:
                 self._solve(index, self._statistics.pop(index))
 
     def _solve(self, index: int, statistics: LayerStatistics) -> None:
@@ -160,9 +188,15 @@ class Calibration:
             if normalized is not None:
                 fit = normalized
                 linear_map = numerics.solve_lmmse(fit, self._dampening_frac)
-            dtype = weight_dtype(self._attentions[index])
-            weight, bias = linear_map.cast(dtype)
             nmse = numerics.nmse(fit, linear_map)
+            # The layer goes on to scale what comes from the map, as it did attention.
+            scale = self._output_scale(index)
+            dtype = weight_dtype(self._attention(index))
+            weight, bias = dataclasses.replace(
+                linear_map,
+                weight=linear_map.weight / scale,
+                mean_y=linear_map.mean_y / scale,
+            ).cast(dtype)
         except (ValueError, torch.linalg.LinAlgError) as err:
             raise type(err)(f"{name}: {err}") from err
         # The same error in another unit: only the variance it is divided by differs.

@@ -24,7 +24,12 @@ from .composition import Followers, refuse_earlier
 from .hf.checkpoint import check_output_directory, convert_in_place
 from .hf.configuration_nbl import LinearizedLayer, NBLConfigMixin
 from .hf.modeling_nbl import decoder_layers
-from .preflight import candidate_layers, check_calibration_data, check_model
+from .preflight import (
+    candidate_layers,
+    check_calibration_data,
+    check_input,
+    check_model,
+)
 from .report.provenance import collect_versions, utc_timestamp
 from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
 from .report.tables import ranking_table
@@ -166,6 +171,7 @@ class NBLModifier(Modifier):
             self._dataset_args = oneshot.dataset_args
         self._followers = self._check_recipe(model, kwargs)
         self._architecture = check_model(model)
+        check_input(self._architecture, self.input)
         if isinstance(model.config, NBLConfigMixin):
             self._earlier = model.config.linearized_layers()
             self._earlier_report = saving.report_of(model)
@@ -198,23 +204,22 @@ class NBLModifier(Modifier):
         # have drawn: on_calibration_end puts the generator back.
         self._generator_state = rewind_generator()
         layers = decoder_layers(state.model, self._architecture)
-        attentions = {
-            index: layers[index].get_submodule(self._architecture.attention)
-            for index in self._candidates
-        }
         self._calibration = Calibration(
-            attentions,
+            {index: layers[index] for index in self._candidates},
             self._candidates,
+            self._architecture,
             spec=LinearizedLayer(input=self.input),
             dampening_frac=self.dampening_frac,
             criterion=self.criterion,
             keep=self._num_to_replace,
         )
-        for index, attention in attentions.items():
-            norm = layers[index].get_submodule(self._architecture.input_norm)
+        for index in self._candidates:
             see_norm = partial(self._calibration.see_norm_input, state, index)
             see_attention = partial(self._calibration.see_attention, state, index)
-            self.register_hook(norm, see_norm, "forward_pre")
+            attention = layers[index].get_submodule(self._architecture.attention)
+            if self._architecture.input_norm is not None:
+                norm = layers[index].get_submodule(self._architecture.input_norm)
+                self.register_hook(norm, see_norm, "forward_pre")
             self.register_hook(attention, see_attention, "forward", with_kwargs=True)
 
     def on_sequential_epoch_end(

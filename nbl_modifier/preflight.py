@@ -17,6 +17,7 @@ from .upstream import rewind_generator
 __all__ = [
     "candidate_layers",
     "check_calibration_data",
+    "check_input",
     "check_model",
     "check_num_tokens",
 ]
@@ -50,6 +51,29 @@ def check_model(model: PreTrainedModel) -> Architecture:
             "NBLModifier does not calibrate on several ranks yet. Run one process."
         )
     return architecture
+
+
+def check_input(architecture: Architecture, value: str) -> None:
+    """
+    Refuse an input that the linear layers of a family cannot read.
+
+    :param architecture: the family
+    :param value: ``residual`` or ``normalized``
+    :raises ValueError: naming the input that they can read
+    """
+    if value in architecture.inputs:
+        return
+    (possible,) = architecture.inputs
+    reason = (
+        "has no norm in front of attention"
+        if architecture.input_norm is None
+        else f"reads {architecture.input_norm} in its MLP, too, so the norm cannot be "
+        "folded into a linear layer"
+    )
+    raise ValueError(
+        f"NBLModifier.input: {architecture.causal_lm} {reason}, got {value!r}. Use "
+        f"input: {possible}."
+    )
 
 
 def candidate_layers(

@@ -30,7 +30,7 @@ from .hf import register as register_classes
 from .hf.checkpoint import publish_on_save
 from .report.model_card import write_report
 from .report.schema import REPORT_FILE_NAME, NBLReport
-from .upstream import running_oneshot, wrap_saving
+from .upstream import keep_expert_names, running_oneshot, wrap_saving
 
 __all__ = ["publish", "register", "report_of"]
 
@@ -93,10 +93,15 @@ def publish(
     stages = record.stages if record is not None else ()
     _keep_record(model, _Record(report, stages))
     modify_save_pretrained(model)
+
+    def prepare() -> None:
+        before()
+        keep_expert_names(model, architecture)
+
     publish_on_save(
         model,
         architecture,
-        before=before,
+        before=prepare,
         extra_files=partial(_write_extra_files, model),
         is_source_process=is_source_process,
     )

@@ -111,9 +111,8 @@ class MixedModel:
         return rf"{re.escape(self.architecture.layers)}\.(?:{numbers})\."
 
     def _is_input_norm(self, pattern: str) -> bool:
-        norm = "." + self.architecture.input_norm
         return any(
-            name.endswith(norm)
+            name.rpartition(".")[2] == self.architecture.input_norm
             for name, _ in match_named_modules(self.model, [pattern], [])
         )
 

@@ -149,12 +149,12 @@ def _replace_layer(
         device = torch.device("cpu")  # offload_module() below writes it to disk
     linear = replacement.modules(device)
     new = linearize_layer(layers, architecture, index, spec, linear)
+    changed = [new]
     if spec.kind == "block":
         # Where llm-compressor can put back norms by name, see drop_restored_norms().
         new.add_module(architecture.attention, nn.Module())
-    changed = [new]
-    if spec.kind == "attention" and spec.input == "residual":
-        changed.append(layer.get_submodule(architecture.input_norm))
+    else:
+        changed += map(layer.get_submodule, architecture.folded_norms(spec.input))
     for module in changed:
         module.train(old.training)
     if offloaded:
@@ -173,8 +173,8 @@ def drop_restored_norms(
     For the time of a run it exchanges norms that scale by ``1 + weight`` (Gemma's), and
     at the end restores them by name, those that are gone by then included
     (llmcompressor 0.14.0.1, modeling/offset_norm.py, ``norm_calibration_context``): the
-    query and key norms of a removed attention, the input norm that was folded into the
-    map, which would run again, and all norms of a removed block.
+    query and key norms of a removed attention, the norms that were folded into the map,
+    which would run again, and all norms of a removed block.
 
     :param layer: a decoder layer, replaced by :func:`replace`
     :param architecture: names of the modules inside it
@@ -186,6 +186,7 @@ def drop_restored_norms(
         delattr(replaced, name)
     if block:
         return
-    norm = layer.get_submodule(architecture.input_norm)
-    if spec.input == "residual" and not isinstance(norm, nn.Identity):
-        setattr(layer, architecture.input_norm, nn.Identity().train(norm.training))
+    for name in architecture.folded_norms(spec.input):
+        norm = layer.get_submodule(name)
+        if not isinstance(norm, nn.Identity):
+            setattr(layer, name, nn.Identity().train(norm.training))

@@ -12,13 +12,20 @@ from typing import Any
 import torch
 from llmcompressor.entrypoints import utils as entrypoints
 from llmcompressor.entrypoints.oneshot import Oneshot
+from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
+from llmcompressor.modeling.moe.linearize import get_linearized_moes
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
 from torch import Tensor
 from torch.fx.node import Argument
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from .architectures import Architecture
 
 __all__ = [
     "keep_causal_mask",
+    "keep_expert_names",
     "release_causal_mask",
     "rewind_generator",
     "running_oneshot",
@@ -74,6 +81,30 @@ def _create_arg(self: SequentialTracer, a: Any) -> Argument:
     fields = {name: self.create_arg(value) for name, value in a.to_dict().items()}
     fields["attn_implementation"] = a._attn_implementation
     return self.create_node("call_function", a.__class__, (), fields)
+
+
+def keep_expert_names(model: PreTrainedModel, architecture: Architecture) -> None:
+    """
+    Let the model be saved with the names that its family's checkpoints have.
+
+    llm-compressor splits fused experts into linear layers of its own names, and renames
+    them on saving for the families in ``ARCH_TO_2D_MAPPINGS`` (llmcompressor 0.14.0.1,
+    modeling/moe/conversion_mappings.py). Mixtral is not among them: what it saves loads
+    with random experts in transformers, and not at all in vLLM, NBL or not.
+
+    :param model: the causal language model, about to be saved
+    :param architecture: its family
+    """
+    if not architecture.expert_names or not get_linearized_moes(model):
+        return
+    conversions = get_checkpoint_conversion_mapping(architecture.model_type)
+    renamings = [
+        WeightRenaming(rf"\.experts\.(\d+)\.{theirs}\.", rf".experts.\1.{ours}.")
+        for ours, theirs in architecture.expert_names
+    ]
+    # The others fuse experts, which there is nothing to undo of.
+    kept = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    set_save_conversion_mapping(model, [*kept, *renamings])
 
 
 def rewind_generator() -> Tensor:

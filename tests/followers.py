@@ -19,7 +19,7 @@ from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.quip import QuIPModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-from tests.tiny_llama import save_tiny
+from tests.tiny_models import save_tiny
 
 Kind = Literal["residual", "normalized"]
 FAMILIES = ("llama", "qwen3", "mistral")

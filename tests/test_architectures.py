@@ -9,6 +9,7 @@ import transformers
 
 from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture_of
 from tests.tiny_llama import load
+from tests.tiny_models import save_tiny
 
 ROWS = pytest.mark.parametrize(
     "row", ARCHITECTURES.values(), ids=lambda r: r.model_type
@@ -43,15 +44,35 @@ def test_names_of_llama() -> None:
     assert row.nbl_base_model == "NBLLlamaModel"
 
 
-def test_paths_lead_to_attention_and_norm(llama: Path) -> None:
-    model, row = load(llama), ARCHITECTURES["llama"]
+@ROWS
+def test_paths_lead_to_attention_and_norms(row: Architecture, tmp_path: Path) -> None:
+    model = load(save_tiny(tmp_path / "model", row.model_type, hidden_size=64))
+    assert type(model).__name__ == row.causal_lm
+    assert type(model.base_model).__name__ == row.base_model
     layers = model.get_submodule(row.layers)
-    assert len(layers) == model.config.num_hidden_layers == 4
+    assert len(layers) == 4
     for index, layer in enumerate(layers):
         attention = model.get_submodule(row.attention_name(index))
         assert attention is layer.get_submodule(row.attention)
-        assert {"q_proj", "o_proj"} <= dict(attention.named_children()).keys()
-        assert layer.get_submodule(row.input_norm).weight.shape == (32,)
+        assert "o_proj" in dict(attention.named_children())
+        for norm in (row.input_norm, row.post_norm):
+            assert norm is None or layer.get_submodule(norm).weight.shape == (64,)
+        if row.output_scale is not None:
+            assert isinstance(getattr(layer, row.output_scale), float)
+
+
+def test_folded_norms() -> None:
+    """Those in front that a map of the residual stream skips, and those behind."""
+
+    def folded(model_type: str) -> list[tuple[str, ...]]:
+        row = ARCHITECTURES[model_type]
+        return [row.folded_norms(kind) for kind in ("residual", "normalized")]
+
+    assert folded("llama") == [("input_layernorm",), ()]
+    behind = "post_attention_layernorm"
+    assert folded("gemma2") == [("input_layernorm", behind), (behind,)]
+    # its MLP needs the norm
+    assert folded("cohere") == [(), ()]
 
 
 def test_lookup_by_either_model_type() -> None:

@@ -47,7 +47,7 @@ LAYERS = {
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
     "calibration": Layer(
-        ours="capture preflight surgery hf numerics",
+        ours="capture preflight surgery hf architectures numerics",
         packages="llmcompressor loguru torch",
     ),
     "saving": Layer(
@@ -66,7 +66,9 @@ LAYERS = {
         packages="compressed_tensors loguru torch transformers",
     ),
     "surgery": Layer(ours="hf architectures", packages="compressed_tensors torch"),
-    "upstream": Layer(packages="llmcompressor torch transformers"),
+    "upstream": Layer(
+        ours="architectures", packages="llmcompressor torch transformers"
+    ),
     "capture": Layer(ours="numerics", packages="torch"),
     "evaluation": Layer(
         ours="report data hf",

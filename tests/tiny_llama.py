@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tests.tiny_models import VOCAB_SIZE, save_tiny
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 DEMO_MODEL = Path(__file__).parents[1] / "examples" / "models" / "pycode-4m"
 # A PreTrainedModel; to a type checker each of its attributes may also be a tensor.
 Model = Any
-VOCAB_SIZE = 128
-MAX_LENGTH = 256
 # 4 bits like W4A16, in groups that fit hidden sizes of 32 and more.
 FOUR_BITS: dict[str, Any] = {
     "group_0": {
@@ -39,63 +39,8 @@ FOUR_BITS: dict[str, Any] = {
 
 
 def save_llama(folder: Path, **kwargs: Any) -> Path:
-    """Save a random Llama, see :func:`save_tiny`."""
+    """Save a random Llama, see :func:`tests.tiny_models.save_tiny`."""
     return save_tiny(folder, "llama", **kwargs)
-
-
-def save_tiny(
-    folder: Path,
-    model_type: str,
-    *,
-    num_layers: int = 4,
-    hidden_size: int = 32,
-    num_key_value_heads: int = 2,
-    tied: bool = False,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-) -> Path:
-    """
-    Save a random model, since oneshot() wants a model that comes from a directory.
-
-    The weights are large enough for attention to look around and for logits to differ,
-    the norms' weights are random, so that folding one away or keeping it is visible.
-
-    :param folder: where to; must not exist
-    :param model_type: its family, a key of ``ARCHITECTURES``
-    :param num_layers: decoder layers
-    :param hidden_size: width, four heads of a quarter each
-    :param num_key_value_heads: 1, 2 or 4
-    :param tied: whether embedding and head share their weight
-    :param dtype: of the weights
-    :param seed: of the weights
-    :return: ``folder``
-    """
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    config_class: Any = CONFIG_MAPPING[model_type]
-    config = config_class(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=num_key_value_heads,
-        head_dim=hidden_size // 4,
-        max_position_embeddings=MAX_LENGTH,
-        initializer_range=1.2 * hidden_size**-0.5,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: Model = AutoModelForCausalLM.from_config(config)
-        for name, weight in model.named_parameters():
-            if "norm" in name:
-                torch.nn.init.normal_(weight, mean=1.0, std=0.3)
-    model.to(dtype).save_pretrained(folder)
-    return folder
 
 
 def load(folder: Path | str, **kwargs: Any) -> Model:

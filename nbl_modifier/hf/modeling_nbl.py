@@ -16,6 +16,10 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticLayer
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture_of
 
@@ -220,8 +224,8 @@ def linearize_attention(
     """
     Replace the attention of one decoder layer, in place.
 
-    With ``spec.input == "residual"`` the input norm is replaced by the identity, since
-    the map was fitted on the residual stream itself.
+    The norms that the map was fitted across become identities: the input norm if it
+    reads the residual stream, and a norm of attention's output.
 
     :param layer: the decoder layer
     :param architecture: names of the modules inside it
@@ -237,8 +241,8 @@ def linearize_attention(
         else LinearizedAttention(linear, index)
     )
     setattr(layer, architecture.attention, replacement)
-    if spec.input == "residual":
-        setattr(layer, architecture.input_norm, nn.Identity())
+    for name in architecture.folded_norms(spec.input):
+        setattr(layer, name, nn.Identity())
     return replacement
 
 
@@ -327,6 +331,20 @@ def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -
     )
 
 
+def _keep_weight_conversion(architecture: Architecture) -> None:
+    """
+    Have linearized checkpoints read and written as those of the base model.
+
+    transformers fuses the experts of a checkpoint into one weight when it loads them,
+    by rules that it looks up by ``model_type``; without them they would stay random.
+    """
+    conversion = get_checkpoint_conversion_mapping(architecture.model_type)
+    if conversion is not None:
+        register_checkpoint_conversion_mapping(
+            architecture.nbl_model_type, conversion, overwrite=True
+        )
+
+
 _MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {}
 
 
@@ -339,6 +357,7 @@ def model_class(base_name: str, architecture: Architecture) -> type[PreTrainedMo
     """
     if base_name not in _MODEL_CLASSES:
         base = getattr(transformers, base_name)
+        _keep_weight_conversion(architecture)
         _MODEL_CLASSES[base_name] = _make_model_class(base, architecture)
     return _MODEL_CLASSES[base_name]
 

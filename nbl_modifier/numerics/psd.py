@@ -19,6 +19,11 @@ from torch import Tensor
 # rounding error d * eps of a factorization at d = 8192, and nothing to the variances.
 _ESCALATION = (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
+# Variance of the rounding errors of float32, as a fraction of a channel's, times 16.
+# Behind a LayerNorm one direction has no other variance than this, and the map would
+# have weights of 1e6 there.
+_DATA_ROUNDING = 16 * torch.finfo(torch.float32).eps ** 2
+
 _INVERSE_ITERATIONS = 3
 
 _NOT_DEFINITE = (
@@ -118,9 +123,10 @@ def damped_cholesky(
     scale = (diagonal + dampening_frac * diagonal.mean()).sqrt()
     scale = scale.masked_fill(scale == 0, 1.0)
     correlation = (cov / scale[:, None]).div_(scale)
-    # The size of the factorization's own rounding error, in a matrix of unit diagonal.
+    # The size of the factorization's own rounding error, in a matrix of unit diagonal,
+    # or that of the data: activations have at most the digits of float32.
     # Conditioning that the channels' scales alone cause has been divided out.
-    tolerance = width * torch.finfo(cov.dtype).eps
+    tolerance = max(width * torch.finfo(cov.dtype).eps, _DATA_ROUNDING)
     extra = pivot = eigenvalue = 0.0
     for extra in (0.0, *(e for e in _ESCALATION if e <= max_dampening_frac)):
         correlation.diagonal().fill_(1.0 + extra)

@@ -208,7 +208,7 @@ class ResidualAdd(nn.Module):
     """
     What vLLM's fused add-and-norm does, minus the norm.
 
-    Stands where the input norm was folded into the linear map.
+    Stands where a norm was folded into the linear map.
     """
 
     def forward(
@@ -303,8 +303,8 @@ def _replace(
     _forget(getattr(layer, architecture.attention), vllm_config)
     replacement = DroppedAttention() if linear is None else LinearizedAttention(linear)
     setattr(layer, architecture.attention, replacement)
-    if spec.input == "residual":
-        setattr(layer, architecture.input_norm, ResidualAdd())
+    for name in architecture.folded_norms(spec.input):
+        setattr(layer, name, ResidualAdd())
 
 
 def _forget(replaced: nn.Module, vllm_config: VllmConfig) -> None:

@@ -190,3 +190,13 @@ def test_wrong_arguments() -> None:
         damped_cholesky(eye).half_solve(eye[:2])
     with pytest.raises(ValueError, match=r"3 x 3 matrix, got shape \(3,\)"):
         damped_cholesky(eye).solve(eye[0])
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_rounding_errors_of_float32_are_no_variance(width: int) -> None:
+    """The output of a LayerNorm: its channels sum to 0, up to rounding."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4000, width, generator=generator)
+    normed = torch.nn.functional.layer_norm(rows, (width,)).double()
+    factor = damped_cholesky(torch.cov(normed.T))
+    assert factor.dampening_frac == 1e-10

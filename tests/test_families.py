@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every family of the table, from calibration to generation from the saved model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import nbl_modifier.hf
+from nbl_modifier import NBLModifier
+from nbl_modifier.architectures import ARCHITECTURES, Architecture
+from nbl_modifier.numerics import CovarianceAccumulator, nmse_bound
+from nbl_modifier.report.schema import LayerResult
+from tests.tiny_llama import compress, linearized, load, logits_of
+from tests.tiny_models import FAMILIES, SLIDING_WINDOW, VOCAB_SIZE, save_tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+nbl_modifier.hf.register()
+
+CASES = [(row, kind) for row in ARCHITECTURES.values() for kind in row.inputs]
+# The first layer, whose length in the KV cache positions are read from, and one of each
+# kind where sliding and full attention alternate.
+LAYERS = [0, 3]
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    A finished run.
+
+    :param row: the family
+    :param kind: what the linear layers read
+    :param base: the model before, its attention eager as in calibration
+    :param model: the model after
+    :param folder: where it was saved
+    :param measured: the report's figures by layer index
+    """
+
+    row: Architecture
+    kind: str
+    base: Any
+    model: Any
+    folder: Path
+    measured: dict[int, LayerResult]
+
+
+def test_every_row_has_a_model() -> None:
+    assert FAMILIES.keys() == ARCHITECTURES.keys()
+
+
+@pytest.fixture(
+    scope="module", params=CASES, ids=lambda case: f"{case[0].model_type}-{case[1]}"
+)
+def family(
+    request: pytest.FixtureRequest,
+    rows: Dataset,
+    one_thread: None,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Family:
+    row, kind = request.param
+    folder = tmp_path_factory.mktemp(row.model_type)
+    source = save_tiny(folder / "base", row.model_type)
+    nbl = NBLModifier(layers=LAYERS, input=kind)
+    model = compress(load(source), nbl, rows, output_dir=str(folder / "out"))
+    assert nbl.report is not None
+    return Family(
+        row,
+        kind,
+        load(source, attn_implementation="eager"),
+        model,
+        folder / "out",
+        {layer.index: layer for layer in nbl.report.layers},
+    )
+
+
+def test_reloads_as_it_is_in_memory(family: Family) -> None:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        family.folder, dtype="auto", output_loading_info=True
+    )
+    reloaded, info = loaded
+    assert not any(info.values()), info
+    assert type(reloaded).__name__ == family.row.nbl_causal_lm
+    assert linearized(reloaded) == LAYERS
+    assert torch.equal(logits_of(reloaded), logits_of(family.model))
+    assert not torch.allclose(logits_of(reloaded), logits_of(family.base))
+
+
+# --- what is fitted -------------------------------------------------------------------
+
+
+@contextmanager
+def recorded(model: Any, row: Architecture, index: int) -> Iterator[list[Tensor]]:
+    """
+    Record the residual stream around the attention of one layer, float64.
+
+    Independently of the table: what comes into the layer, and what the norm (or MLP)
+    behind the addition reads.
+
+    :return: filled with before and after ``[tokens, hidden_size]``, for each batch
+    """
+    layer = model.model.layers[index]
+    states: list[Tensor] = []
+
+    def flat(values: Tensor) -> Tensor:
+        return values.detach().flatten(0, -2).double()
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        states.append(flat(args[0] if args else kwargs["hidden_states"]))
+
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True)]
+    if row.parallel:  # attention and MLP are added in one go
+
+        def add(module: nn.Module, args: Any, output: Any) -> None:
+            states.append(states[-1] + flat(output[0]))
+
+        handles.append(layer.self_attn.register_forward_hook(add))
+    else:
+        reader = {
+            "gemma2": "pre_feedforward_layernorm",
+            "gemma3_text": "pre_feedforward_layernorm",
+        }.get(row.model_type, "post_attention_layernorm")
+        handles.append(
+            layer.get_submodule(reader).register_forward_pre_hook(
+                before, with_kwargs=True
+            )
+        )
+    yield states
+    for handle in handles:
+        handle.remove()
+
+
+@torch.no_grad()
+def stream(
+    model: Any, row: Architecture, index: int, rows: Dataset
+) -> tuple[Tensor, Tensor]:
+    """Return the residual stream before and after attention on the calibration set."""
+    with recorded(model, row, index) as states:
+        model.eval()(torch.tensor(rows["input_ids"]), use_cache=False)
+    before, after = states
+    return before, after
+
+
+def test_first_layer_is_the_best_linear_map_of_what_attention_adds(
+    family: Family, rows: Dataset
+) -> None:
+    """
+    In the units of the residual stream, behind a norm or a factor of the family.
+
+    The report's error is the one measured on the model, and no affine map has less.
+    """
+    before, after = stream(family.base, family.row, 0, rows)
+    _, approximated = stream(family.model, family.row, 0, rows)
+    read = before
+    if family.kind == "normalized":
+        norm = family.base.model.layers[0].get_submodule(family.row.input_norm)
+        read = norm(before.float()).detach().double()
+    design = torch.cat([read, torch.ones(len(read), 1)], dim=1)
+    # rcond: of a LayerNorm's output one direction is rounding errors alone
+    fit = torch.linalg.lstsq(design, after - before, rcond=1e-6, driver="gelsd")
+    best = design @ fit.solution
+
+    def variance(values: Tensor) -> Tensor:
+        return (values - values.mean(0)).square().sum()
+
+    error = (approximated - after).square().sum()
+    least = (before + best - after).square().sum()
+    # float32 activations, and a map rounded to float32
+    torch.testing.assert_close(error, least, rtol=1e-4, atol=0.0)
+    measured = family.measured[0]
+    assert float(least / variance(after - before)) == pytest.approx(
+        measured.nmse, rel=1e-4
+    )
+    assert float(least / variance(after)) == pytest.approx(
+        measured.residual_nmse, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("index", LAYERS)
+def test_bound_is_that_of_the_stream(family: Family, rows: Dataset, index: int) -> None:
+    before, after = stream(family.base, family.row, index, rows)
+    moments = CovarianceAccumulator(before.shape[1], before.shape[1])
+    moments.update(before.float(), after.float())
+    bound = nmse_bound(moments.finalize())
+    # The sum of 32 terms of which some are small differences from 1.
+    assert family.measured[index].cca_bound == pytest.approx(bound, rel=1e-3)
+
+
+# --- generation -----------------------------------------------------------------------
+
+
+def tokens(length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(2, VOCAB_SIZE, (2, length), generator=generator)
+
+
+def generate(model: Any, inputs: Tensor, **kwargs: Any) -> Tensor:
+    output = model.generate(inputs, do_sample=False, max_new_tokens=12, **kwargs)
+    return output[:, inputs.shape[1] :]
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generation_is_that_without_a_cache(family: Family, cache: str | None) -> None:
+    """Across the end of the sliding window, where there is one."""
+    inputs = tokens(SLIDING_WINDOW - 6)
+    expected = generate(family.model, inputs, use_cache=False)
+    found = generate(family.model, inputs, cache_implementation=cache)
+    assert torch.equal(found, expected)
+
+
+def test_left_padding_changes_nothing(family: Family) -> None:
+    inputs, padding = tokens(20), 9
+    expected = generate(family.model, inputs[:1, padding:])
+    mask = torch.ones_like(inputs)
+    mask[0, :padding] = 0
+    found = generate(family.model, inputs, attention_mask=mask)
+    assert torch.equal(found[:1], expected)
+    assert torch.equal(found[1:], generate(family.model, inputs[1:]))
+
+
+# --- refused before calibration -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind", "message"),
+    [
+        (
+            "cohere",
+            "residual",
+            "CohereForCausalLM reads input_layernorm in its MLP, too.*got 'residual'. "
+            "Use input: normalized.",
+        ),
+    ],
+)
+def test_input_that_a_family_cannot_read(
+    tmp_path: Path, rows: Dataset, model_type: str, kind: Any, message: str
+) -> None:
+    model = load(save_tiny(tmp_path / "base", model_type))
+    before = logits_of(model)
+    with pytest.raises(ValueError, match=message):
+        compress(model, NBLModifier(num_layers=1, input=kind), rows)
+    assert torch.equal(logits_of(model), before)

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One small random model per supported family, the same in every kind of test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+VOCAB_SIZE = 128
+MAX_LENGTH = 256
+SLIDING_WINDOW = 32
+
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "norm_topk_prob": True}
+_SLIDING: dict[str, Any] = {"sliding_window": SLIDING_WINDOW}
+#: Configuration of each family beyond what all share, by ``model_type``.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": _SLIDING,
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {"num_experts": 4, **_EXPERTS},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": _SLIDING,
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.6,
+    },
+    "gemma2": _SLIDING,
+    "gemma3_text": _SLIDING,
+    "cohere": {"logit_scale": 1.0},
+}
+# Their classes in vLLM have no head of their own.
+_ALWAYS_TIED = {"cohere", "gemma2", "gemma3_text"}
+
+
+def family_config(
+    model_type: str,
+    *,
+    num_layers: int = 4,
+    hidden_size: int = 32,
+    num_attention_heads: int = 4,
+    num_key_value_heads: int = 2,
+    vocab_size: int = VOCAB_SIZE,
+    tied: bool = False,
+) -> Any:
+    """
+    Return the configuration of a small model.
+
+    :param model_type: its family, a key of ``FAMILIES``
+    :param num_layers: decoder layers; where the family has sliding layers, every other
+        one, the first included
+    :param hidden_size: width
+    :param num_attention_heads: of ``hidden_size / num_attention_heads`` each
+    :param num_key_value_heads: a divisor of ``num_attention_heads``
+    :param vocab_size: token ids
+    :param tied: whether embedding and head share their weight; some families always do
+    """
+    from transformers import CONFIG_MAPPING
+
+    head_dim = hidden_size // num_attention_heads
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_attention_heads,
+        "num_key_value_heads": num_key_value_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": MAX_LENGTH,
+        "initializer_range": 1.2 * hidden_size**-0.5,
+        "tie_word_embeddings": tied or model_type in _ALWAYS_TIED,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if model_type == "qwen3_moe":
+        fields["moe_intermediate_size"] = 2 * hidden_size
+    if model_type.startswith("gemma"):
+        fields["query_pre_attn_scalar"] = head_dim
+        kinds = ("sliding_attention", "full_attention")
+        fields["layer_types"] = [kinds[i % 2] for i in range(num_layers)]
+    config_class: Any = CONFIG_MAPPING[model_type]
+    return config_class(**fields, **FAMILIES[model_type])
+
+
+def save_tiny(
+    folder: Path,
+    model_type: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **sizes: Any,
+) -> Path:
+    """
+    Save a random model, since oneshot() wants a model that comes from a directory.
+
+    The weights are large enough for attention to look around and for logits to differ,
+    norms and biases are random, so that folding one away or keeping it is visible.
+
+    :param folder: where to; must not exist
+    :param model_type: its family, a key of ``FAMILIES``
+    :param dtype: of the weights
+    :param seed: of the weights
+    :param sizes: of :func:`family_config`
+    :return: ``folder``
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = family_config(model_type, **sizes)
+        model: Any = AutoModelForCausalLM.from_config(config)
+        for name, weight in model.named_parameters():
+            if "norm" in name:  # around 1, or around 0 where 1 is added to it
+                nn.init.normal_(weight, mean=float(weight.detach().mean()), std=0.3)
+            elif name.endswith("bias"):
+                nn.init.normal_(weight, std=0.3)
+            elif name.endswith("embed_tokens.weight") and "gemma" in model_type:
+                # tied, and scaled by sqrt(hidden_size): tokens would predict themselves
+                weight.data.div_(4)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def save_for_vllm(folder: Path, model_type: str, **kwargs: Any) -> Path:
+    """
+    Save a random model that vLLM serves, on two ranks and with 4-bit weights, too.
+
+    Six layers, eight heads of 32 on two key-value heads: half of any input dimension is
+    a multiple of 128, the group size of W4A16.
+
+    :param folder: where to; must not exist
+    :param model_type: its family, a key of ``FAMILIES``
+    :param kwargs: of :func:`save_tiny`, over these sizes
+    :return: ``folder``
+    """
+    sizes: dict[str, Any] = {
+        "num_layers": 6,
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "vocab_size": 512,
+    }
+    return save_tiny(folder, model_type, **sizes | kwargs)
