@@ -19,8 +19,14 @@ from transformers.utils import CONFIG_NAME, cached_file
 
 from nbl_modifier.architectures import Architecture
 
-from .configuration_nbl import LinearizedLayer, config_class, nbl_config_block
+from .configuration_nbl import (
+    LinearizedLayer,
+    NBLConfigMixin,
+    config_class,
+    nbl_config_block,
+)
 from .modeling_nbl import model_class
+from .shortening import layer_fields, remove_dropped_blocks, renumbered
 
 __all__ = ["check_output_directory", "convert_in_place", "publish_on_save"]
 
@@ -46,20 +52,25 @@ def convert_in_place(
     """
     Make a base model whose layers were already replaced an ``NBL*ForCausalLM``.
 
-    Only the classes of the model and of its configuration change. The configuration is
-    changed in place, since every submodule holds a reference to it.
+    Dropped blocks are removed. If there is nothing else, what is left is a smaller
+    model of the base class, which any engine loads; otherwise the classes of the model
+    and of its configuration change. The configuration is changed in place, since every
+    submodule holds a reference to it. Safe to call again.
 
     :param model: the causal language model
     :param architecture: its family
-    :param layers: the linearized layers by index
+    :param layers: what was done to each layer, by index before blocks are removed
     :param provenance: plain values to keep in ``nbl_config``, e.g. ``criterion``
     """
-    config = model.config
+    remove_dropped_blocks(model, architecture)
+    config, left = model.config, renumbered(layers)
+    if not left:
+        return
     config.__class__ = config_class(architecture)
     # from_pretrained() leaves the base's model_type on the instance, which would
     # shadow the new class's and save a checkpoint that claims to be the base model.
     config.__dict__.pop("model_type", None)
-    config.nbl_config = nbl_config_block(layers, **provenance)
+    config.nbl_config = nbl_config_block(left, **provenance)
     model.__class__ = model_class(architecture.causal_lm, architecture)
     config.architectures = [architecture.nbl_causal_lm]
 
@@ -114,7 +125,7 @@ def publish_on_save(
     is_source_process: Callable[[], bool] = lambda: True,
 ) -> None:
     """
-    Make ``model.save_pretrained`` write a linearized checkpoint, whole or not at all.
+    Make ``model.save_pretrained`` write what was made, whole or not at all.
 
     The checkpoint is written to a hidden directory inside the target and moved up when
     it is complete. Until the very last step its ``config.json`` lacks the
@@ -152,7 +163,8 @@ def publish_on_save(
                 inner(str(staging), *args, **kwargs)
             if is_source_process():
                 content = _finished_config(staging, model.config, architecture)
-                _copy_modelling_code(staging)
+                if isinstance(model.config, NBLConfigMixin):
+                    _copy_modelling_code(staging)
                 extra_files(staging)
                 _move_into_place(staging, target, content)
         finally:
@@ -181,10 +193,14 @@ def _unfinished_config(
     that type, and its own classes refuse it without the ``nbl_config`` block, which
     :func:`_finished_config` adds.
     """
-    name_or_path, block = config._name_or_path, config.nbl_config
+    name_or_path = config._name_or_path
+    block = getattr(config, "nbl_config", None)
     with tempfile.TemporaryDirectory() as folder:
         if name_or_path:  # otherwise transformers' own file is kept
-            content = _base_config(config) | {
+            content = _base_config(config)
+            if content["num_hidden_layers"] != config.num_hidden_layers:
+                content |= layer_fields(config)
+            content |= {
                 "model_type": architecture.nbl_model_type,
                 "architectures": [architecture.nbl_causal_lm],
                 "nbl_config": None,
@@ -192,11 +208,14 @@ def _unfinished_config(
             content.pop("auto_map", None)
             (Path(folder) / CONFIG_NAME).write_text(json.dumps(content))
             config._name_or_path = folder
-        config.nbl_config = None
+        if block is not None:
+            config.nbl_config = None
         try:
             yield
         finally:
-            config._name_or_path, config.nbl_config = name_or_path, block
+            config._name_or_path = name_or_path
+            if block is not None:
+                config.nbl_config = block
 
 
 def _base_config(config: PretrainedConfig) -> dict[str, Any]:
@@ -224,6 +243,13 @@ def _finished_config(
     :raises RuntimeError: if it was saved as that of another class
     """
     saved: dict[str, Any] = json.loads((directory / CONFIG_NAME).read_text())
+    if not isinstance(config, NBLConfigMixin):
+        # Only blocks were dropped: the base model with fewer layers, for any engine.
+        saved.pop("nbl_config", None)
+        return saved | {
+            "model_type": architecture.model_type,
+            "architectures": [architecture.causal_lm],
+        }
     expected = (architecture.nbl_model_type, [architecture.nbl_causal_lm])
     if (saved.get("model_type"), saved.get("architectures")) != expected:
         raise RuntimeError(
