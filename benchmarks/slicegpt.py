@@ -146,7 +146,8 @@ def widest_within(model: PreTrainedModel, num_parameters: int) -> int:
 def _fold_norms(model: LlamaForCausalLM) -> None:
     """Multiply the weights of all norms into the matrices that read them."""
     decoder: Any = model.model
-    head = nn.Linear(*reversed(model.lm_head.weight.shape), bias=False)
+    vocab_size, width = model.lm_head.weight.shape
+    head = nn.Linear(width, vocab_size, bias=False)
     head.weight = nn.Parameter(model.lm_head.weight.clone())  # tied no longer
     model.lm_head = head
     model.config.tie_word_embeddings = False

@@ -85,10 +85,10 @@ def test_only_dropped_blocks_leave_a_stock_model(model: Model, tmp_path: Path) -
 def test_beside_replaced_attention(model: Model, tmp_path: Path) -> None:
     nbl_modifier.hf.register()
     logits = drop(model, {0: DROP, 3: NO_ATTENTION, 4: DROP})
-    config = model.config
+    config: Any = model.config
     assert isinstance(config, NBLConfigMixin)
     assert config.linearized_layers() == {2: NO_ATTENTION}
-    assert config.num_hidden_layers == 4
+    assert model.config.num_hidden_layers == 4
     assert torch.equal(logits_of(model), logits)
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(logits_of(load(tmp_path / "out")), logits)
