@@ -35,6 +35,7 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # imports.
 _MODELLING_CODE = (
     Path(__file__).parents[1] / "architectures.py",
+    Path(__file__).with_name("cache_nbl.py"),
     Path(__file__).with_name("configuration_nbl.py"),
     Path(__file__).with_name("modeling_nbl.py"),
 )

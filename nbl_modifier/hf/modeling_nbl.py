@@ -2,7 +2,7 @@
 transformers models in which some attention layers, or whole blocks, are linear.
 
 No modelling code is copied: each class is the stock one, with the linearized layers
-swapped after construction. Imports only torch, transformers and its two siblings, since
+swapped after construction. Imports only torch, transformers and its siblings, since
 this file is also copied beside checkpoints (``trust_remote_code=True``).
 """
 
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, StaticLayer
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -23,6 +22,7 @@ from transformers.conversion_mapping import (
 
 from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture_of
 
+from .cache_nbl import StaticCacheShape, count_tokens
 from .configuration_nbl import LinearizedLayer, config_class
 
 __all__ = [
@@ -77,19 +77,15 @@ class LinearizedAttention(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
-        **_: Any,
+        self, hidden_states: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """
         Return the map of every position, and no attention weights.
 
         :param hidden_states: ``[batch, tokens, hidden_size]``
-        :param past_key_values: the KV cache, told how many tokens were seen
+        :param kwargs: the KV cache among them is told how many tokens were seen
         """
-        if past_key_values is not None:
-            _advance(past_key_values, self.layer_idx, hidden_states)
+        count_tokens(kwargs, self.layer_idx, hidden_states)
         return self.linear(hidden_states), None
 
 
@@ -108,19 +104,15 @@ class DroppedAttention(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
-        **_: Any,
+        self, hidden_states: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
         """
         Return zero for every position, and no attention weights.
 
         :param hidden_states: ``[batch, tokens, hidden_size]``
-        :param past_key_values: the KV cache, told how many tokens were seen
+        :param kwargs: the KV cache among them is told how many tokens were seen
         """
-        if past_key_values is not None:
-            _advance(past_key_values, self.layer_idx, hidden_states)
+        count_tokens(kwargs, self.layer_idx, hidden_states)
         return torch.zeros_like(hidden_states), None
 
 
@@ -147,19 +139,15 @@ class LinearizedBlock(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        past_key_values: Cache | None = None,
-        **_: Any,
+        self, hidden_states: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """
         Return the residual stream after the block.
 
         :param hidden_states: the stream before it, ``[batch, tokens, hidden_size]``
-        :param past_key_values: the KV cache, told how many tokens were seen
+        :param kwargs: the KV cache among them is told how many tokens were seen
         """
-        if past_key_values is not None:
-            _advance(past_key_values, self.layer_idx, hidden_states)
+        count_tokens(kwargs, self.layer_idx, hidden_states)
         if self.linear is None:
             return hidden_states
         return hidden_states + self.linear(hidden_states)
@@ -178,28 +166,6 @@ def _block_class(stock: type[nn.Module]) -> type[LinearizedBlock]:
             {"__module__": __name__, "__doc__": LinearizedBlock.__doc__},
         )
     return _BLOCK_CLASSES[stock]
-
-
-def _advance(cache: Cache, layer_idx: int, hidden_states: torch.Tensor) -> None:
-    """
-    Tell the cache that this layer has seen the new tokens.
-
-    transformers reads positions and mask sizes from the length of one layer's cache
-    (layer 0, or the first of its kind), so a replaced layer must count too. It stores
-    one zero per token for key and for value: a head size of 0 would be free, but
-    ``DynamicLayer.get_seq_length`` (transformers 5.17, cache_utils.py) reports length 0
-    for an empty tensor. A static cache that was allocated in advance has attention's
-    shape in every layer.
-    """
-    batch, tokens = hidden_states.shape[:2]
-    heads = key_size = value_size = 1
-    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if isinstance(layer, StaticLayer) and layer.is_initialized:
-        heads = layer.num_heads
-        key_size, value_size = layer.k_head_dim, layer.v_head_dim
-    key = hidden_states.new_zeros(batch, heads, tokens, key_size)
-    value = hidden_states.new_zeros(batch, heads, tokens, value_size)
-    cache.update(key, value, layer_idx)
 
 
 def decoder_layers(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
@@ -319,9 +285,10 @@ def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -
         base.__init__(self, config, *args, **kwargs)
         _linearize_skeleton(self)
 
+    generates = issubclass(base, GenerationMixin)
     return type(
         "NBL" + base.__name__,
-        (base,),
+        (StaticCacheShape, base) if generates else (base,),
         {
             "__init__": initialize,
             "__module__": __name__,

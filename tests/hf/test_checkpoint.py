@@ -247,6 +247,7 @@ def test_report_card_and_recipe(llama: Path, rows: Dataset, tmp_path: Path) -> N
     assert {path.name for path in out.iterdir()} == {
         "README.md",
         "architectures.py",  # for trust_remote_code
+        "cache_nbl.py",
         "config.json",
         "configuration_nbl.py",
         "generation_config.json",
