@@ -138,9 +138,7 @@ class LinearizedBlock(nn.Module):
         self.linear = linear
         self.layer_idx = layer_idx
 
-    def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Any
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """
         Return the residual stream after the block.
 

@@ -21,10 +21,12 @@ from transformers import (
     AutoModelForCausalLM,
     CompileConfig,
     DynamicCache,
+    GenerationConfig,
     QuantizedCache,
     StaticCache,
 )
 from transformers.cache_utils import Cache
+from transformers.integrations.executorch import TorchExportableModuleWithStaticCache
 
 from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.hf.checkpoint import convert_in_place
@@ -308,6 +310,25 @@ def test_compiled_on_a_cache_allocated_in_advance() -> None:
         ]
     logits = torch.cat(steps, 1)
     assert_same(logits, whole_logits(FULL, "most"))
+
+
+def test_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own wrapper allocates the cache in advance, as part of a module."""
+    model = model_of(FULL, "most")
+    settings = GenerationConfig(use_cache=True, cache_implementation="static")
+    monkeypatch.setattr(model, "generation_config", settings)
+    wrapper = TorchExportableModuleWithStaticCache(
+        model, batch_size=1, max_cache_len=PROMPT
+    )
+    tokens = tokens_of(1, PROMPT)
+    arguments = [
+        {"input_ids": tokens[:, i : i + 1], "cache_position": torch.tensor([i])}
+        for i in range(PROMPT)
+    ]
+    with torch.no_grad():
+        exported = torch.export.export(wrapper, (), arguments[0]).module()
+        steps = torch.cat([exported(**kwargs) for kwargs in arguments], 1)
+        assert_same(steps, model(tokens, use_cache=False).logits)
 
 
 @families(FULL)
