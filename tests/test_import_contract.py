@@ -37,7 +37,7 @@ class Layer:
 # folder its files may import each other. Editing a row is a design decision.
 LAYERS = {
     "cli": Layer(
-        ours="modifier evaluation report data hf architectures",
+        ours="modifier benchmark evaluation report data hf architectures",
         lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru"
         " yaml vllm",
     ),
@@ -75,6 +75,10 @@ LAYERS = {
         packages="torch",
         lazy="transformers datasets lm_eval tqdm",
     ),
+    "benchmark": Layer(
+        ours="report roofline hf", packages="torch", lazy="transformers vllm"
+    ),
+    "roofline": Layer(),
     "report": Layer(lazy="matplotlib"),
     "data": Layer(lazy="torch transformers datasets"),
     "vllm_plugin": Layer(ours="hf architectures", packages="vllm torch transformers"),

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import compress, generate
+from . import benchmark, compress, generate
 
 _DESCRIPTION = """\
 Neural Block Linearization: replace attention layers of a language model by linear
@@ -19,6 +19,7 @@ example:
       --dataset c4 --output Llama-3.1-8B-NBL-W4A16      (where llm-compressor is)
   nbl generate meta-llama/Llama-3.1-8B Llama-3.1-8B-NBL-W4A16 \\
       --prompt "The KV cache of"                        (where vLLM is)
+  nbl benchmark Llama-3.1-8B-NBL-W4A16 --baseline meta-llama/Llama-3.1-8B
 
 "nbl COMMAND --help" explains the options of a command.
 """
@@ -63,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     compress.add_parser(commands)
     generate.add_parser(commands)
+    benchmark.add_parser(commands)
     for command in commands.choices.values():
         command.add_argument(
             "--debug", action="store_true", help="show tracebacks and all logs"

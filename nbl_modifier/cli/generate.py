@@ -22,7 +22,6 @@ _EPILOG = """\
 example:
   nbl generate meta-llama/Llama-3.1-8B Llama-3.1-8B-NBL --prompt "The KV cache of"
 """
-_LOG_TAIL_LINES = 25
 
 
 @dataclass(frozen=True)
@@ -150,10 +149,10 @@ def _generate_one(model: str, args: argparse.Namespace) -> Generation:
                 check=False,
             )
         if process.returncode != 0 or not answer.exists():
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            tail = "\n".join(lines[-_LOG_TAIL_LINES:])
+            from nbl_modifier.benchmark.engines import tail
+
             raise RuntimeError(
                 f"model {model}: vLLM failed with exit code {process.returncode}. "
-                f"--debug shows its whole log, which ends with:\n{tail}"
+                f"--debug shows its whole log, which ends with:\n{tail(log)}"
             )
         return Generation(model=model, **json.loads(answer.read_text("utf-8")))

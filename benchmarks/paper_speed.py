@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+The paper's inference speeds: 2048 tokens in, 2048 out, batch 1, transformers with eager
+attention (arXiv:2505.21077, Section 4), here with a real KV cache.
+
+Models of the given shape with random weights, since speed does not depend on them: the
+base, and the same with its last m attention layers linear, for each m. Only their
+configs are written; ``nbl benchmark --random-weights`` does the rest. Any other option
+of that command can follow::
+
+    python benchmarks/paper_speed.py --shape 1b --repeats 3
+    python benchmarks/paper_speed.py --shape 8b                  (on a GPU)
+    python benchmarks/paper_speed.py --shape 1b --engine vllm --context 512 --batch 1,8
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import LlamaConfig
+
+from nbl_modifier.architectures import ARCHITECTURES
+from nbl_modifier.cli import main as nbl
+from nbl_modifier.hf.configuration_nbl import (
+    LinearizedLayer,
+    config_class,
+    nbl_config_block,
+)
+
+_LLAMA_3: dict[str, Any] = {
+    "vocab_size": 128256,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "dtype": "bfloat16",
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    # Llama-3.1-8B
+    "8b": _LLAMA_3
+    | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    # Llama-3.2-1B
+    "1b": _LLAMA_3
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def save_config(folder: Path, shape: str, num_linear: int) -> Path:
+    """
+    Write the ``config.json`` of a model without weights.
+
+    :param folder: directory to be
+    :param shape: a key of ``SHAPES``
+    :param num_linear: how many of the last layers have linear attention
+    """
+    fields = SHAPES[shape]
+    if num_linear == 0:
+        LlamaConfig(**fields, architectures=["LlamaForCausalLM"]).save_pretrained(
+            folder
+        )
+        return folder
+    llama, num_layers = ARCHITECTURES["llama"], fields["num_hidden_layers"]
+    layers = {
+        index: LinearizedLayer(input="residual")
+        for index in range(num_layers - num_linear, num_layers)
+    }
+    config: Any = config_class(llama)(**fields, architectures=[llama.nbl_causal_lm])
+    config.nbl_config = nbl_config_block(layers)
+    config.save_pretrained(folder)
+    return folder
+
+
+def main() -> int:
+    """Measure each m against the base model; the last exit code that is not 0."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    parser.add_argument(
+        "--linearized", default="4,8,12,16", help="values of m, a list (4,8,12,16)"
+    )
+    parser.add_argument("--output", help="folder for one folder of results per m")
+    args, others = parser.parse_known_args()
+    code = 0
+    with tempfile.TemporaryDirectory() as folder:
+        base = save_config(Path(folder) / f"llama-{args.shape}", args.shape, 0)
+        for count in map(int, args.linearized.split(",")):
+            name = f"llama-{args.shape}-nbl{count}"
+            model = save_config(Path(folder) / name, args.shape, count)
+            command = ["benchmark", str(model), "--baseline", str(base)]
+            command += ["--suite", "paper", "--random-weights", *others]
+            if args.output:
+                command += ["--output", str(Path(args.output) / name)]
+            print(f"\n## m = {count}\n", flush=True)
+            code = nbl(command) or code
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine is called and how much memory it has left."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+__all__ = ["available_bytes", "device_name"]
+
+
+def device_name(device: str) -> str:
+    """
+    Return the model of the processor or of the accelerator.
+
+    :param device: type as torch names it, such as ``cpu`` or ``cuda``
+    """
+    if device != "cpu":
+        import torch
+
+        module: Any = torch.get_device_module(device)
+        return str(module.get_device_name(0))
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def available_bytes(device: str) -> int | None:
+    """
+    Return the memory that could be allocated now, or None if it cannot be known.
+
+    :param device: type as torch names it
+    """
+    if device != "cpu":
+        import torch
+
+        free, _total = torch.get_device_module(device).mem_get_info()
+        return int(free)
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return None
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model in transformers, with a real KV cache."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from .machine import available_bytes, device_name
+from .timing import Timing, random_prompts
+
+__all__ = ["TransformersDriver"]
+
+
+class TransformersDriver:
+    """
+    ``model(...)`` with a ``DynamicCache``, one call per token.
+
+    :param job: fields of ``engines.Job``
+    """
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        import nbl_modifier.hf
+
+        nbl_modifier.hf.register()
+        accelerator = torch.accelerator.current_accelerator()
+        self.device = "cpu" if accelerator is None else accelerator.type
+        self._vocab_size = job["vocab_size"]
+        options = {
+            "dtype": getattr(torch, job["dtype"]),
+            "attn_implementation": job["attention"],
+        }
+        with torch.device(self.device):
+            if job["random_weights"]:
+                config = AutoConfig.from_pretrained(job["model"])
+                model = AutoModelForCausalLM.from_config(config, **options)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(job["model"], **options)
+        self._model: Any = model.eval().to(self.device)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the engine knows; transformers allots no cache in advance."""
+        return {
+            "architecture": type(self._model).__name__,
+            "kv_cache_tokens": None,
+            "block_size": None,
+            "tokens_per_pass": None,
+            "available_bytes": available_bytes(self.device),
+            "device": device_name(self.device),
+        }
+
+    @torch.inference_mode()
+    def measure(self, batch: int, context: int, generate: int, seed: int) -> Timing:
+        """Time the prompts' forward pass, then ``generate`` greedy steps."""
+        prompts = random_prompts(self._vocab_size, batch, context, seed)
+        tokens = torch.tensor(prompts, device=self.device)
+        started_at = self._now()
+        output = self._model(tokens, use_cache=True, logits_to_keep=1)
+        tokens = output.logits[:, -1:].argmax(dim=-1)
+        prefill = self._now() - started_at
+        cache = output.past_key_values
+        kept = sum(_cache_bytes(layer) for layer in cache.layers)
+        started_at = self._now()
+        for _ in range(generate):
+            output = self._model(tokens, past_key_values=cache, use_cache=True)
+            tokens = output.logits[:, -1:].argmax(dim=-1)
+        return Timing(
+            prefill_seconds=prefill,
+            decode_seconds=self._now() - started_at,
+            decode_steps=generate,
+            cache_tokens=context + (generate + 1) / 2,
+            cache_bytes=kept / (batch * context),
+        )
+
+    def _now(self) -> float:
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+def _cache_bytes(layer: Any) -> int:
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    return sum(each.nbytes for each in (keys, values) if each is not None)
