@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from compressed_tensors.utils.match import is_match
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import (
@@ -23,6 +24,7 @@ from llmcompressor.modifiers.quantization.quantization.mixin import Quantization
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
+from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
@@ -34,7 +36,7 @@ from .smoothing import (
     rewrite_smoothquant,
 )
 
-__all__ = ["Followers", "refuse_earlier"]
+__all__ = ["Followers", "refuse_earlier", "refuse_groups"]
 
 _REFUSED: dict[type[Modifier], str] = {
     SpinQuantModifier: (
@@ -63,6 +65,38 @@ def refuse_earlier(earlier: Sequence[Modifier]) -> None:
                 f"{_name(modifier)} comes before NBLModifier in the recipe: the linear "
                 "layers that NBL makes would stay unquantized. Put NBLModifier first."
             )
+
+
+def refuse_groups(later: Sequence[Modifier], rank: int, name: str) -> None:
+    """
+    Refuse quantizers whose groups do not fit into a linear map of low rank.
+
+    Its second factor reads ``rank`` features. vLLM needs whole groups of them; and
+    llm-compressor would notice only after calibration, or not at all.
+
+    :param later: the recipe's modifiers after NBLModifier
+    :param rank: of the maps
+    :param name: module name of one of the maps
+    :raises ValueError: naming modifier, group size and rank
+    """
+    expand = nn.Linear(1, 1, device="meta")
+    for modifier in later:
+        if not isinstance(modifier, QuantizationMixin):
+            continue
+        for scheme in modifier.resolved_config.config_groups.values():
+            size = getattr(scheme.weights, "group_size", None)
+            if (
+                size is not None
+                and size > 0
+                and rank % size
+                and is_match(f"{name}.expand", expand, scheme.targets, modifier.ignore)
+            ):
+                raise ValueError(
+                    f"{_name(modifier)} quantizes in groups of {size}, which do not "
+                    f"fit NBLModifier.rank {rank}. Use a rank that is a multiple of "
+                    f"{size}, a smaller group_size, or ignore: "
+                    "['re:.*linear[.]expand$']."
+                )
 
 
 class Followers:

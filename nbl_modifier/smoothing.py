@@ -78,8 +78,9 @@ class MixedModel:
         """
         Return the mapping as the ones that hold on the mixed model.
 
-        Kept layers are smoothed as before. In a linearized layer the readers are those
-        that still exist and, behind the input norm, the new linear layer.
+        Kept layers are smoothed as before. In a layer that was changed the readers are
+        those that still exist and, behind the input norm, the new linear layer: its
+        first factor if it is of low rank. A replaced block has nothing to smooth.
 
         :param smooth: pattern of the module to smooth
         :param balance: patterns of its readers
@@ -89,21 +90,37 @@ class MixedModel:
             f"re:(?!{everywhere}){_as_regex(target)}" for target in (smooth, *balance)
         )
         parts = [(kept, readers)]
-        for kind in ("residual", "normalized"):
-            indices = [i for i, layer in self.layers.items() if layer.input == kind]
+        for indices, new_reader in self._alike():
             inside, *readers = (
                 f"re:(?={self._prefix(indices)}){_as_regex(target)}"
                 for target in (smooth, *balance)
             )
-            readers = [target for target in readers if self.matches(target)]
-            if not indices or not self.matches(inside):
+            if not self.matches(inside):
                 continue
-            if kind == "normalized" and self._is_input_norm(inside):
+            readers = [target for target in readers if self.matches(target)]
+            if new_reader is not None and self._is_input_norm(inside):
                 attention = re.escape(self.architecture.attention)
-                readers.append(rf"re:{self._prefix(indices)}{attention}\.linear$")
+                readers.append(rf"re:{self._prefix(indices)}{attention}\.{new_reader}$")
             if readers:
                 parts.append((inside, readers))
         return parts
+
+    def _alike(self) -> list[tuple[list[int], str | None]]:
+        """
+        Return the changed layers in groups that take the same mappings.
+
+        A mapping is matched layer by layer, and each of its patterns must be found.
+
+        :return: indices, and the pattern of what reads the output of the input norm in
+            place of attention
+        """
+        groups: dict[str | None, list[int]] = {}
+        for index, layer in self.layers.items():
+            reader = None
+            if layer.input == "normalized" and layer.method == "linear":
+                reader = "linear" if layer.rank is None else r"linear\.reduce"
+            groups.setdefault(reader, []).append(index)
+        return [(indices, reader) for reader, indices in groups.items()]
 
     def _prefix(self, indices: Iterable[int]) -> str:
         """Return a pattern of what the names of the layers' modules begin with."""

@@ -40,14 +40,18 @@ __all__ = [
 # Below "vllm", the only logger that vLLM gives a handler.
 logger = init_logger(f"vllm.{__name__}")
 
+# Output features per process that vLLM's kernels for 4-bit weights can work on: a
+# multiple of 64 on GPUs (Marlin), of 32 on CPUs.
+_MIN_SPLIT = 64
+
 
 class LowRankLinear(nn.Module):
     """
     Affine map of low rank, as two linear layers.
 
     In tensor parallel both are split over their output features, so that groups of a
-    quantized input dimension stay whole in each of them, whatever the rank. Where the
-    rank cannot be split evenly, every process holds all of the first layer.
+    quantized input dimension stay whole in each of them, whatever the rank. Where too
+    little of the rank would be left to each process, all hold all of the first layer.
 
     :param hidden_size: width of the residual stream
     :param rank: features between the two layers
@@ -64,7 +68,7 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         options = {"quant_config": quant_config, "prefix": f"{prefix}.reduce"}
-        if rank % get_tensor_model_parallel_world_size() == 0:
+        if rank % (_MIN_SPLIT * get_tensor_model_parallel_world_size()) == 0:
             self.reduce = ColumnParallelLinear(
                 hidden_size, rank, bias=False, gather_output=True, **options
             )
