@@ -55,7 +55,8 @@ LAYERS = {
         packages="llmcompressor compressed_tensors transformers yaml",
     ),
     "composition": Layer(
-        ours="smoothing hf", packages="llmcompressor torch transformers"
+        ours="smoothing hf",
+        packages="llmcompressor compressed_tensors torch transformers",
     ),
     "smoothing": Layer(
         ours="hf architectures",
@@ -65,6 +66,7 @@ LAYERS = {
         ours="upstream hf architectures",
         packages="compressed_tensors loguru torch transformers",
     ),
+    "fitting": Layer(ours="surgery hf architectures numerics", packages="torch"),
     "surgery": Layer(ours="hf architectures", packages="compressed_tensors torch"),
     "upstream": Layer(
         ours="architectures", packages="llmcompressor torch transformers"
