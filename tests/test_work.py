@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What calibration costs, counted instead of timed.
+
+Each number is the count of today's code, or the claim it stands for. A change that
+needs more has to be meant, and to change the number here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nbl_modifier import NBLModifier, numerics
+from nbl_modifier.capture import LayerStatistics
+from tests.tiny_llama import compress, load, save_llama, token_rows
+from tests.work import CountCalls, PeakMemory, count_flops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WIDTH = 512
+ROWS, BATCHES = 96, 8
+
+
+def batches(seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return stream, its norm, and attention output, ``[1, ROWS, WIDTH]`` each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(1, ROWS, WIDTH, generator=generator)
+
+    return [(normal(), normal(), normal()) for _ in range(BATCHES)]
+
+
+def accumulate(normalized: bool) -> LayerStatistics:
+    statistics = LayerStatistics("layer", WIDTH, normalized, torch.device("cpu"))
+    for residual, norm, output in batches():
+        statistics.update(residual, norm, output, None)
+    return statistics
+
+
+class CountingModifier(NBLModifier):
+    """Counts the forward passes of every attention and MLP during its epoch."""
+
+    passes: Any = None
+
+    def on_calibration_start(self, state: Any, event: Any, **kwargs: Any) -> None:
+        super().on_calibration_start(state, event, **kwargs)
+        self.passes = Counter()
+        # torch's hooks rather than llm-compressor's: the pipeline does not disable them
+        self._handles = [
+            module.register_forward_pre_hook(self._count(name))
+            for name, module in state.model.named_modules()
+            if name.endswith(("self_attn", "mlp"))
+        ]
+
+    def on_calibration_end(self, state: Any, event: Any, **kwargs: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        super().on_calibration_end(state, event, **kwargs)
+
+    def _count(self, name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.passes[name] += 1
+
+        return hook
+
+    _handles: Any = None
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_each_layer_runs_once_per_batch(llama: Path, batch_size: int) -> None:
+    """The pipeline's second run of every layer would find nothing changed."""
+    modifier = CountingModifier(num_layers=2)
+    rows = token_rows(16, 64)
+    compress(load(llama), [modifier], rows, batch_size=batch_size)
+    expected = {
+        f"model.layers.{index}.{name}": len(rows) // batch_size
+        for index in range(4)
+        for name in ("self_attn", "mlp")
+    }
+    assert dict(modifier.passes) == expected
+
+
+@pytest.mark.parametrize(("normalized", "products"), [(False, 2.5), (True, 4.25)])
+def test_statistics_use_symmetry(normalized: bool, products: float) -> None:
+    """
+    Of ``2 n d^2`` operations per product: one for C_yx, and 3/4 for each of C_xx and
+    C_yy, whose upper triangle is not computed but for blocks of 256 on the diagonal.
+    """
+    with count_flops() as counter:
+        accumulate(normalized)
+    rows = BATCHES * (ROWS + 1)  # one more per batch, for the means
+    one = 2 * rows * WIDTH**2
+    assert counter.get_total_flops() == products * one
+
+
+@pytest.mark.parametrize(("normalized", "factorizations"), [(False, 2), (True, 3)])
+def test_factorizations_per_layer(normalized: bool, factorizations: int) -> None:
+    """C_xx and C_yy of the bound; C_xx of the map where that reads something else."""
+    residual, norm = accumulate(normalized).finalize()
+    with CountCalls() as counter:
+        solve(residual, norm)
+    calls = counter.calls
+    assert calls["aten.linalg_cholesky_ex"] == factorizations
+    for costly in ("linalg_eigh", "_linalg_eigh", "_linalg_svd", "linalg_inv_ex"):
+        assert f"aten.{costly}" not in calls
+
+
+@pytest.mark.parametrize(
+    ("normalized", "cubes"), [(False, 2 / 3 + 3 + 2), (True, 3 / 3 + 5 + 2)]
+)
+def test_solving_takes_a_few_matrix_products(normalized: bool, cubes: float) -> None:
+    """
+    In units of ``d^3``: 1/3 per factorization, 1 per triangular solve (three; five with
+    the normalized input), 2 for the product that measures the error. What is of order
+    ``d^2`` is less than a hundredth of it here.
+    """
+    residual, norm = accumulate(normalized).finalize()
+    with count_flops() as counter:
+        solve(residual, norm)
+    assert counter.get_total_flops() / WIDTH**3 == pytest.approx(cubes, rel=0.01)
+
+
+def solve(residual: Any, normalized: Any) -> None:
+    """What calibration asks of one layer's statistics."""
+    linear_map = numerics.solve_attention(residual).linear_map
+    if normalized is not None:
+        linear_map = numerics.solve_lmmse(normalized)
+    numerics.nmse(normalized or residual, linear_map)
+
+
+@pytest.mark.parametrize(("normalized", "matrices"), [(False, 3), (True, 5)])
+def test_statistics_memory_does_not_grow_with_tokens(
+    normalized: bool, matrices: int
+) -> None:
+    """At most ``5 d^2`` float64 values per layer, and two batches in float64."""
+    with PeakMemory() as memory:
+        statistics = accumulate(normalized)
+    square, rows = WIDTH**2 * 8, (ROWS + 1) * WIDTH * 8
+    vectors = 32 * WIDTH * 8
+    assert matrices * square <= memory.alive < matrices * square + vectors
+    assert memory.peak < matrices * square + 2 * rows + vectors
+    assert statistics.num_tokens == BATCHES * ROWS
+
+
+@pytest.mark.parametrize(("normalized", "matrices"), [(False, 10), (True, 12)])
+def test_memory_to_solve_one_layer(normalized: bool, matrices: int) -> None:
+    """Moments, factors and temporaries, besides the sums they are made from."""
+    statistics = accumulate(normalized)
+    with PeakMemory() as memory:
+        solve(*statistics.finalize())
+    assert memory.peak <= matrices * WIDTH**2 * 8 + 64 * WIDTH * 8
+
+
+def test_only_one_layer_is_in_flight(tmp_path: Path) -> None:
+    """The pipeline finishes a layer before it starts the next."""
+    peaks = set()
+    for num_layers in (2, 5):
+        folder = save_llama(tmp_path / str(num_layers), num_layers=num_layers)
+        with PeakMemory() as memory:
+            compress(load(folder), [NBLModifier(num_layers=1)], token_rows())
+        peaks.add(memory.peak)
+    assert len(peaks) == 1
