@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import benchmark, compress, generate
+from . import benchmark, compress, generate, report
 
 _DESCRIPTION = """\
 Neural Block Linearization: replace attention layers of a language model by linear
@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     compress.add_parser(commands)
     generate.add_parser(commands)
     benchmark.add_parser(commands)
+    report.add_parser(commands)
     for command in commands.choices.values():
         command.add_argument(
             "--debug", action="store_true", help="show tracebacks and all logs"

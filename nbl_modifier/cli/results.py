@@ -26,6 +26,7 @@ def update_report(
     :param figures: perplexities in order
     :return: the report as it is now
     """
+    from nbl_modifier.report.measurements import STANDARD_ERROR, TIMES_BASE
     from nbl_modifier.report.model_card import write_report
     from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
 
@@ -34,7 +35,12 @@ def update_report(
         f"perplexity {name}": result.perplexity for name, result in figures.items()
     }
     if figures:
-        evaluation["held-out tokens"] = next(iter(figures.values())).num_tokens
+        base, *others = figures.items()
+        evaluation["held-out tokens"] = base[1].num_tokens
+        for name, result in others:
+            ratio = f"perplexity {name}{TIMES_BASE}"
+            values = result.relative_to(base[1])
+            evaluation[ratio], evaluation[ratio + STANDARD_ERROR] = values
     evaluation["weights of the base model in bytes"] = weight_bytes(model)
     evaluation["weights in bytes"] = weight_bytes(output)
     report = dataclasses.replace(

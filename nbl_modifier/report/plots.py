@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranking as a figure. matplotlib is imported inside the functions."""
+"""The figures of a report. matplotlib is imported inside the functions."""
 
 from __future__ import annotations
 
+import io
 import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,23 +15,69 @@ from .schema import LayerResult, NBLReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_CHOSEN, _KEPT, _TEXT = "#c2410c", "#94a3b8", "#334155"
+__all__ = [
+    "Point",
+    "correlations_figure",
+    "inline_svg",
+    "plot_ranking",
+    "quantile_of",
+    "ranking_figure",
+    "scatter_figure",
+]
+
+_CHOSEN, _KEPT, _TEXT, _GRID = "#c2410c", "#94a3b8", "#334155", "#e2e8f0"
+# A page that shows a figure inline defines these; see ``inline_svg``.
+_CSS_VARIABLES = {
+    _CHOSEN: "var(--chosen)",
+    _KEPT: "var(--kept)",
+    _TEXT: "var(--text)",
+    _GRID: "var(--grid)",
+}
+# On a page: text of 8.5 points comes out as large as the page's own.
+_PIXELS_PER_INCH = 104
+# Correlations of 1 up to rounding would otherwise set the scale.
+_LEAST_UNEXPLAINED = 1e-6
+
+
+@dataclass(frozen=True)
+class Point:
+    """
+    A model in a figure.
+
+    :param label: written beside it
+    :param x: with its standard error, if known
+    :param y: likewise
+    :param is_base: whether it is the uncompressed model
+    """
+
+    label: str
+    x: tuple[float, float | None]
+    y: tuple[float, float | None]
+    is_base: bool
 
 
 def plot_ranking(report: NBLReport, path: str | os.PathLike[str]) -> None:
     """
-    Draw bound and NMSE per layer, chosen layers marked, and write a PNG.
+    Write the figure of :func:`ranking_figure` as a PNG.
 
     :param report: a finished run
     :param path: file to write, its directory must exist
     :raises ImportError: if matplotlib is missing; the message says how to install it
     """
-    figure_class, canvas_class = _import_matplotlib()
+    ranking_figure(report).savefig(Path(path), dpi=150, format="png")
+
+
+def ranking_figure(report: NBLReport) -> Figure:
+    """
+    Draw bound and NMSE per layer, chosen layers marked.
+
+    :param report: a finished run
+    :raises ImportError: if matplotlib is missing; the message says how to install it
+    """
     layers = sorted(report.layers, key=lambda layer: layer.index)
-    width_inches = min(max(7.0, 0.38 * len(layers) + 2.0), 16.0)
-    figure = figure_class(figsize=(width_inches, 5.6), layout="constrained")
-    canvas_class(figure)
+    figure = _new_figure(_width_inches(len(layers)), 5.6)
     upper, lower = figure.subplots(2, 1, sharex=True)
 
     positions = [layer.index for layer in layers]
@@ -41,14 +91,141 @@ def plot_ranking(report: NBLReport, path: str | os.PathLike[str]) -> None:
         _label_ranks(lower, layers, nmses)
     else:
         _label_ranks(upper, layers, bounds)
-    upper.set_ylabel(r"CCA bound  $\sum_i (1 - \rho_i^2)$")
+    upper.set_ylabel("CCA bound  Σᵢ (1 − ρᵢ²)")
     lower.set_ylabel("NMSE of the linear map")
-    lower.set_xlabel("decoder layer")
-    lower.set_xticks(positions)
-    lower.tick_params(axis="x", labelsize=8.5 if len(layers) <= 40 else 5.5)
+    _label_layers(lower, positions)
     _add_legend(upper)
     figure.suptitle(_title(report), fontsize=11, color=_TEXT, x=0.01, ha="left")
-    figure.savefig(Path(path), dpi=150, format="png")
+    return figure
+
+
+def correlations_figure(report: NBLReport) -> Figure:
+    """
+    Draw the spread of ``1 - rho_i^2`` over the directions of each layer.
+
+    Thin line from the least to the greatest, thick line over the middle half, dot at
+    the median; logarithmic.
+
+    :param report: a finished run with canonical correlations
+    :raises ImportError: if matplotlib is missing; the message says how to install it
+    """
+    layers = sorted(report.layers, key=lambda layer: layer.index)
+    figure = _new_figure(_width_inches(len(layers)), 3.4)
+    axes = figure.subplots()
+    for layer in layers:
+        quantiles = layer.canonical_correlations
+        if quantiles is None:
+            continue
+        least, lower, median, upper, greatest = (
+            max(
+                _LEAST_UNEXPLAINED,
+                1.0 - quantile_of(quantiles, q) ** 2,
+            )
+            for q in (1.0, 0.75, 0.5, 0.25, 0.0)
+        )
+        color = _CHOSEN if layer.selected else _KEPT
+        axes.vlines(layer.index, least, greatest, color=color, linewidth=1.2, zorder=2)
+        axes.vlines(layer.index, lower, upper, color=color, linewidth=5, zorder=3)
+        axes.plot([layer.index], [median], "o", color=_TEXT, markersize=3.5, zorder=4)
+    axes.set_yscale("log")
+    _style(axes)
+    axes.minorticks_off()
+    axes.set_ylabel("1 − ρ²  of each direction")
+    _label_layers(axes, [layer.index for layer in layers])
+    _add_legend(axes)
+    return figure
+
+
+def quantile_of(quantiles: Sequence[float], share: float) -> float:
+    """
+    Return the nearest of evenly spaced quantiles.
+
+    :param quantiles: from the least to the greatest value
+    :param share: of the values that are below, 0 to 1
+    """
+    return quantiles[round(share * (len(quantiles) - 1))]
+
+
+def scatter_figure(points: Sequence[Point], x_label: str, y_label: str) -> Figure:
+    """
+    Draw one model per point, with one standard error each way where it is known.
+
+    :param points: the models
+    :param x_label: of the horizontal axis, with unit
+    :param y_label: of the vertical axis, with unit
+    :raises ImportError: if matplotlib is missing; the message says how to install it
+    """
+    figure = _new_figure(6.4, 4.0)
+    axes = figure.subplots()
+    for point in points:
+        axes.errorbar(
+            point.x[0],
+            point.y[0],
+            xerr=point.x[1] or None,
+            yerr=point.y[1] or None,
+            fmt="D" if point.is_base else "o",
+            color=_TEXT if point.is_base else _CHOSEN,
+            markersize=6,
+            linewidth=1.2,
+            capsize=3,
+            zorder=3,
+        )
+        axes.annotate(
+            point.label,
+            (point.x[0], point.y[0]),
+            xytext=(8, 6),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=_TEXT,
+        )
+    _style(axes)
+    axes.grid(axis="x", color=_GRID, zorder=0)
+    axes.margins(x=0.18, y=0.18)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """
+    Return a figure as an SVG element to stand inside an HTML page.
+
+    Text stays text in the page's font, the background is the page's, and colours are
+    the CSS variables ``--chosen``, ``--kept``, ``--text`` and ``--grid`` of the page,
+    so that the figure follows its light or dark theme. Nothing outside is referred to.
+
+    :param figure: of this module
+    :param name: distinct on the page, made part of every id
+    """
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    root = re.compile(r' (?:xmlns(?::xlink)?|version|width|height)="[^"]*"')
+    width = round(_PIXELS_PER_INCH * figure.get_figwidth())
+    svg = root.sub("", svg, count=5).replace("<svg", f'<svg width="{width}"', 1)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = svg.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
+    for color, variable in _CSS_VARIABLES.items():
+        svg = svg.replace(color, variable)
+    return svg.strip()
+
+
+def _new_figure(width_inches: float, height_inches: float) -> Figure:
+    figure_class, canvas_class = _import_matplotlib()
+    figure: Figure = figure_class(
+        figsize=(width_inches, height_inches), layout="constrained"
+    )
+    canvas_class(figure)
+    return figure
+
+
+def _width_inches(num_layers: int) -> float:
+    return min(max(7.0, 0.38 * num_layers + 2.0), 16.0)
 
 
 def _import_matplotlib() -> tuple[type, type]:
@@ -58,7 +235,7 @@ def _import_matplotlib() -> tuple[type, type]:
         from matplotlib.figure import Figure
     except ImportError as err:
         raise ImportError(
-            "plot_ranking needs matplotlib, which is not installed. "
+            "figures need matplotlib, which is not installed. "
             "Run: pip install 'nbl-modifier[plot]'."
         ) from err
     return Figure, FigureCanvasAgg
@@ -88,13 +265,19 @@ def _label_ranks(axes: Axes, layers: list[LayerResult], heights: list[float]) ->
 
 
 def _style(axes: Axes) -> None:
-    axes.grid(axis="y", color="#e2e8f0", zorder=0)
+    axes.grid(axis="y", color=_GRID, zorder=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(colors=_TEXT, labelsize=8.5, length=0)
     axes.yaxis.label.set_color(_TEXT)
     axes.xaxis.label.set_color(_TEXT)
     axes.spines["bottom"].set_color(_KEPT)
     axes.margins(x=0.01, y=0.14)
+
+
+def _label_layers(axes: Axes, positions: list[int]) -> None:
+    axes.set_xlabel("decoder layer")
+    axes.set_xticks(positions)
+    axes.tick_params(axis="x", labelsize=8.5 if len(positions) <= 40 else 5.5)
 
 
 def _add_legend(axes: Axes) -> None:

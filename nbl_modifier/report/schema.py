@@ -36,6 +36,8 @@ class LayerResult:
     :param selected: True if attention was replaced by a linear map here
     :param reason: why it was selected or kept, for a reader
     :param seconds: time spent on statistics and solve for this layer
+    :param canonical_correlations: quantiles of the rho_i, evenly spaced from the least
+        to the greatest, None where they were not asked for
     """
 
     name: str
@@ -50,6 +52,7 @@ class LayerResult:
     selected: bool
     reason: str
     seconds: float
+    canonical_correlations: list[float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON files that ``nbl report`` is made of, grouped by base model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .measurements import (
+    BENCHMARK_FILE_NAME,
+    MEASUREMENTS_FILE_NAME,
+    Measurement,
+    Metric,
+    benchmark_measurements,
+    load_measurements,
+    report_measurements,
+)
+from .schema import REPORT_FILE_NAME, NBLReport
+
+__all__ = ["Checkpoint", "ModelGroup", "collect"]
+
+_MEASUREMENT_READERS = {
+    MEASUREMENTS_FILE_NAME: load_measurements,
+    BENCHMARK_FILE_NAME: benchmark_measurements,
+}
+_FILE_NAMES = (REPORT_FILE_NAME, *_MEASUREMENT_READERS)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    One compressed model.
+
+    :param name: distinct among those of its base model
+    :param directory: where it lies
+    :param report: what was measured and decided
+    :param config: content of its ``config.json``, None without one
+    """
+
+    name: str
+    directory: Path
+    report: NBLReport
+    config: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class ModelGroup:
+    """
+    A base model and everything made of it.
+
+    :param name: how the base model is called in tables and figures
+    :param model: as the reports name it
+    :param checkpoints: those with a report, fewest replaced layers first
+    :param models: what was measured, by model name, the base model first; models
+        without a report are among them
+    """
+
+    name: str
+    model: str
+    checkpoints: list[Checkpoint]
+    models: dict[str, dict[str, Metric]]
+
+
+def collect(paths: Sequence[Path]) -> list[ModelGroup]:
+    """
+    Read all reports and measurements below ``paths``.
+
+    A model's name that is an existing path stands for that path: ``out/nbl4`` in a
+    file, and that directory found here, are one model if both are seen from the same
+    place.
+
+    :param paths: folders, searched with all their subfolders, or single files
+    :return: one group per base model, in order of names
+    :raises FileNotFoundError: if a path does not exist
+    :raises ValueError: if there is no report in a path, or a file cannot be read
+    """
+    files = {file.resolve(): file for path in paths for file in _files(path)}
+    reports: dict[Path, NBLReport] = {}
+    measurements: list[Measurement] = []
+    for file in files.values():
+        if file.name == REPORT_FILE_NAME:
+            reports[file.parent] = NBLReport.load(file)
+            measurements += report_measurements(str(file.parent), reports[file.parent])
+        else:
+            measurements += _MEASUREMENT_READERS[file.name](file)
+    metrics: dict[str, dict[str, Metric]] = {}
+    for measurement in measurements:
+        own = metrics.setdefault(_identity(measurement.model), {})
+        own.update(measurement.metrics)
+    # by identity of the base model: as it is called, and the models made of it
+    bases = {_identity(r.model): r.model for r in reports.values()}
+    members: dict[str, list[str]] = {key: [] for key in bases}
+    for measurement in measurements:
+        base = measurement.baseline or measurement.model
+        bases.setdefault(_identity(base), base)
+        members.setdefault(_identity(base), [])
+        if measurement.baseline is not None:
+            members[_identity(base)].append(_identity(measurement.model))
+    for directory, report in reports.items():
+        members[_identity(report.model)].append(_identity(str(directory)))
+    return [
+        _group(key, bases[key], list(dict.fromkeys(members[key])), reports, metrics)
+        for key in sorted(bases)
+    ]
+
+
+def _group(
+    key: str,
+    base: str,
+    members: list[str],
+    reports: dict[Path, NBLReport],
+    metrics: dict[str, dict[str, Metric]],
+) -> ModelGroup:
+    names = _distinct_names([key, *members])
+    checkpoints = [
+        Checkpoint(
+            names[identity],
+            directory,
+            report,
+            _config(directory),
+        )
+        for directory, report in reports.items()
+        if (identity := _identity(str(directory))) in members
+    ]
+    checkpoints.sort(key=lambda c: (c.report.num_replaced, c.name))
+    return ModelGroup(
+        name=names[key],
+        model=base,
+        checkpoints=checkpoints,
+        models={names[each]: metrics.get(each, {}) for each in [key, *members]},
+    )
+
+
+def _distinct_names(models: Sequence[str]) -> dict[str, str]:
+    """Return the last part of each path or name, longer where that is not enough."""
+    parts = {model: Path(model).parts for model in models}
+    for depth in range(1, max(map(len, parts.values()))):
+        names = {model: "/".join(own[-depth:]) for model, own in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {model: model for model in models}
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder. Check the path.")
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(file for name in _FILE_NAMES for file in path.rglob(name))
+    )
+    if not files or any(file.name not in _FILE_NAMES for file in files):
+        raise ValueError(
+            f"{path}: no report in it. A report is one of {', '.join(_FILE_NAMES)}; "
+            "nbl compress writes the first beside the weights."
+        )
+    return files
+
+
+def _identity(model: str) -> str:
+    """Return one name for a model however its path was written."""
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else model
+
+
+def _config(directory: Path) -> dict[str, Any] | None:
+    path = directory / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as err:
+        raise ValueError(f"{path}: not JSON ({err}). Restore the file.") from err
+    return config

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Measured qualities and speeds of models, whichever program measured them.
+
+Standard library only. Three kinds of JSON files are read: ``nbl_report.json`` (the
+held-out perplexities of ``nbl compress``), ``nbl_benchmark.json`` and
+``nbl_measurements.json``, which other programs can write::
+
+    {"format_version": 1,
+     "measurements": [
+       {"model": "out/nbl4", "baseline": "base",
+        "metrics": {"piqa": {"value": 0.81, "standard_error": 0.009,
+                             "kind": "accuracy"}}}]}
+
+``baseline`` is null for the base model itself, ``standard_error`` is null where none is
+known, and ``kind`` is one of :data:`KINDS`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .schema import NBLReport
+
+__all__ = [
+    "BENCHMARK_FILE_NAME",
+    "KINDS",
+    "MEASUREMENTS_FILE_NAME",
+    "STANDARD_ERROR",
+    "TIMES_BASE",
+    "Measurement",
+    "Metric",
+    "benchmark_measurements",
+    "load_measurements",
+    "mean_accuracy",
+    "report_measurements",
+]
+
+FORMAT_VERSION = 1
+MEASUREMENTS_FILE_NAME = "nbl_measurements.json"
+BENCHMARK_FILE_NAME = "nbl_benchmark.json"
+#: Endings of the names in ``NBLReport.evaluation``: a ratio, and its precision.
+TIMES_BASE, STANDARD_ERROR = " times base", ", standard error"
+#: What a metric is, with its unit.
+KINDS = {
+    "accuracy": "fraction of the questions answered right",
+    "perplexity_ratio": "perplexity over the base model's",
+    "bits_per_byte": "bits per byte of text",
+    "speed_ratio": "tokens per second over the base model's",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    One number with what is known about its precision.
+
+    :param value: in the unit of ``kind``
+    :param standard_error: of ``value``, or None where none is known
+    :param kind: one of :data:`KINDS`
+    """
+
+    value: float
+    standard_error: float | None
+    kind: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {sorted(KINDS)}, got {self.kind!r}.")
+        error = self.standard_error
+        if not math.isfinite(self.value) or (
+            error is not None and not (math.isfinite(error) and error >= 0)
+        ):
+            raise ValueError(
+                "value must be finite and standard_error null or finite and >= 0, got "
+                f"{self.value} and {error}."
+            )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """
+    What was measured on one model.
+
+    :param model: directory or Hugging Face name
+    :param baseline: the base model it is compared with, None for a base model
+    :param metrics: by name, such as the task's
+    """
+
+    model: str
+    baseline: str | None
+    metrics: dict[str, Metric]
+
+
+def load_measurements(path: Path) -> list[Measurement]:
+    """
+    Return the content of an ``nbl_measurements.json``.
+
+    :param path: the file
+    :raises ValueError: if it is not one; the message names the file and the entry
+    """
+    entries = _fields(path).get("measurements")
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: has no list 'measurements'. See docs/report.md.")
+    return [_measurement(path, position, e) for position, e in enumerate(entries)]
+
+
+def _measurement(path: Path, position: int, entry: Any) -> Measurement:
+    try:
+        metrics = {
+            name: Metric(
+                float(metric["value"]), metric.get("standard_error"), metric["kind"]
+            )
+            for name, metric in entry["metrics"].items()
+        }
+        return Measurement(str(entry["model"]), entry["baseline"], metrics)
+    except (KeyError, TypeError, AttributeError, ValueError) as err:
+        raise ValueError(
+            f"{path}: measurement {position} cannot be read "
+            f"({type(err).__name__}: {err}). See docs/report.md for its form."
+        ) from err
+
+
+def benchmark_measurements(path: Path) -> list[Measurement]:
+    """
+    Return the speeds of an ``nbl_benchmark.json``, one metric per phase and grid point.
+
+    The two models are measured in turn, round by round, so each round gives a ratio:
+    the value is their mean, its standard error that of the mean over rounds.
+
+    :param path: the file
+    :raises ValueError: if it is not one; the message names the file
+    """
+    fields = _fields(path)
+    try:
+        base, compressed = fields["base"]["name"], fields["compressed"]["name"]
+        metrics = dict(_speed(row) for row in fields["rows"])
+    except (KeyError, TypeError, ValueError) as err:
+        raise ValueError(
+            f"{path}: not a benchmark ({type(err).__name__}: {err}). Run nbl benchmark "
+            "again."
+        ) from err
+    same = {
+        name: Metric(1.0, 0.0, "speed_ratio") for name in metrics
+    }  # by definition, so that the base model has its place in the figures
+    return [Measurement(base, None, same), Measurement(compressed, base, metrics)]
+
+
+def _speed(row: Mapping[str, Any]) -> tuple[str, Metric]:
+    ratios = [c / b for b, c in zip(row["base"], row["compressed"], strict=True)]
+    error = (
+        statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else None
+    )
+    name = f"{row['phase']}, {row['batch']} x {row['context']:,} tokens"
+    return name, Metric(statistics.fmean(ratios), error, "speed_ratio")
+
+
+def report_measurements(model: str, report: NBLReport) -> list[Measurement]:
+    """
+    Return the perplexity that a report holds, as a ratio to the base model's.
+
+    :param model: the checkpoint that the report lies in
+    :param report: of that checkpoint
+    :return: base model and checkpoint; nothing where perplexity was not measured
+    """
+    figures = report.evaluation or {}
+    steps = [
+        name
+        for name in figures
+        if name.startswith("perplexity ") and TIMES_BASE not in name
+    ]
+    if "perplexity base" not in figures or len(steps) < 2:
+        return []
+    # the last step is the saved checkpoint, if it was measured
+    ratio = figures[steps[-1]] / figures["perplexity base"]
+    error = figures.get(f"{steps[-1]}{TIMES_BASE}{STANDARD_ERROR}")
+    name = "perplexity, held-out text"
+    base = Metric(1.0, 0.0, "perplexity_ratio")
+    return [
+        Measurement(report.model, None, {name: base}),
+        Measurement(
+            model, report.model, {name: Metric(ratio, error, "perplexity_ratio")}
+        ),
+    ]
+
+
+def mean_accuracy(metrics: Mapping[str, Metric]) -> Metric:
+    """
+    Return the mean of accuracies and its standard error, tasks taken as independent.
+
+    ``sqrt(sum_i se_i^2) / n``, as in arXiv:2505.21077, E.3.
+
+    :param metrics: accuracies by task, at least one
+    :return: with a standard error if each of them has one
+    """
+    values = [metric.value for metric in metrics.values()]
+    errors = [metric.standard_error for metric in metrics.values()]
+    known = [error for error in errors if error is not None]
+    error = (
+        math.sqrt(sum(error**2 for error in known)) / len(errors)
+        if len(known) == len(errors)
+        else None
+    )
+    return Metric(statistics.fmean(values), error, "accuracy")
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file whose format version is one we read."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as err:
+        raise ValueError(f"{path}: not JSON ({err}). Write it again.") from err
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path}: expected a JSON object with format_version <= {FORMAT_VERSION}, "
+            f"got {version!r}. Update nbl_modifier, or write the file again."
+        )
+    result: dict[str, Any] = fields
+    return result

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a report says about one base model, section by section.
+
+A section without data stays and says why, so that a reader never wonders whether
+something was left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from .blocks import Code, FigureItem, Item, Section, Table, Text
+from .collect import Checkpoint, ModelGroup
+from .comparisons import (
+    quality,
+    quality_against_kv_cache,
+    quality_against_speed,
+    speed,
+)
+from .kv_tables import kv_cache_section
+from .plots import correlations_figure, quantile_of, ranking_figure
+
+__all__ = ["group_sections"]
+
+# Fields of LayerResult that a ranking can follow, lowest first.
+_CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss")
+_NO_CORRELATIONS = (
+    "Not stored in this report: they cost many times what the ranking does. "
+    "`nbl compress --canonical-correlations` stores them."
+)
+
+
+def group_sections(group: ModelGroup) -> list[Section]:
+    """
+    Return everything there is to say about one base model.
+
+    :param group: its reports and measurements
+    """
+    sections = {
+        "Checkpoints": _checkpoints(group),
+        "Ranking": _per_checkpoint(group, _ranking),
+        "Layers chosen by each criterion": _per_checkpoint(group, _criteria),
+        "Canonical correlations": _per_checkpoint(group, _correlations),
+        "Quality": quality(group),
+        "Quality against speed": quality_against_speed(group),
+        "Quality against KV cache": quality_against_kv_cache(group),
+        "Speed": speed(group),
+        "KV-cache size": kv_cache_section(group),
+        "How it was made": _per_checkpoint(group, _provenance),
+    }
+    return [Section(title, list(items)) for title, items in sections.items()]
+
+
+def _checkpoints(group: ModelGroup) -> Iterator[Item]:
+    if not group.checkpoints:
+        yield Text(
+            f"No `nbl_report.json` of a model made from `{group.model}` was found.",
+            is_absence=True,
+        )
+        return
+    rows = []
+    for checkpoint in group.checkpoints:
+        report = checkpoint.report
+        rows.append(
+            (
+                checkpoint.name,
+                f"{report.num_replaced} of {report.num_hidden_layers}",
+                ", ".join(map(str, report.selected_layers)),
+                report.criterion,
+                report.input,
+                f"{report.kv_cache_fraction:.1%}",
+                f"{report.num_tokens:,}",
+                f"{report.calibration_seconds:.1f}",
+            )
+        )
+    header = (
+        *("checkpoint", "replaced", "layers", "criterion", "input"),
+        *("KV cache per token", "calibration tokens", "seconds"),
+    )
+    yield Table(header, rows)
+
+
+def _per_checkpoint(
+    group: ModelGroup, section: Callable[[Checkpoint], Iterator[Item]]
+) -> Iterator[Item]:
+    """
+    Yield a section's items for each checkpoint, introduced by its name.
+
+    Checkpoints of one calibration, quantized in several ways, say the same.
+    """
+    if not group.checkpoints:
+        yield Text("No report to take this from.", is_absence=True)
+    said: dict[str, list[Item]] = {}
+    for checkpoint in group.checkpoints:
+        items = list(section(checkpoint))
+        words: list[Item] = [item for item in items if not isinstance(item, FigureItem)]
+        same = next((name for name, other in said.items() if other == words), None)
+        said.setdefault(checkpoint.name, words)
+        if same is not None:
+            yield Text(f"`{checkpoint.name}`: the same as `{same}`.")
+            continue
+        if len(group.checkpoints) > 1:
+            yield Text(f"`{checkpoint.name}`:")
+        yield from items
+
+
+def _ranking(checkpoint: Checkpoint) -> Iterator[Item]:
+    report = checkpoint.report
+    yield FigureItem(
+        lambda: ranking_figure(report),
+        f"Bound and NMSE of every measured layer; numbers above the bars are places in "
+        f"the ranking by {report.criterion}.",
+    )
+    header = ("rank", "layer", "bound", "NMSE", "residual NMSE", "score", "replaced")
+    rows = [
+        (
+            str(layer.rank),
+            str(layer.index),
+            f"{layer.cca_bound:.3f}",
+            f"{layer.nmse:.4f}",
+            f"{layer.residual_nmse:.5f}",
+            f"{layer.score:.5g}",
+            "yes" if layer.selected else "",
+        )
+        for layer in report.ranking
+    ]
+    marked = (i for i, layer in enumerate(report.ranking) if layer.selected)
+    yield Table(header, rows, frozenset(marked))
+
+
+def _criteria(checkpoint: Checkpoint) -> Iterator[Item]:
+    report = checkpoint.report
+    replaced = {layer.index for layer in report.layers if layer.selected}
+    rows: list[tuple[str, ...]] = []
+    marked: set[int] = set()
+    for name in _CRITERIA:
+        scores = {layer.index: getattr(layer, name, None) for layer in report.layers}
+        if any(score is None for score in scores.values()):
+            continue
+        order = sorted(scores, key=lambda index: (scores[index], index))
+        first = sorted(order[: len(replaced)])
+        if name == report.criterion:
+            marked.add(len(rows))
+        rows.append(
+            (
+                name,
+                ", ".join(map(str, first)),
+                f"{len(replaced & set(first))} of {len(replaced)}",
+                ", ".join(map(str, order)),
+            )
+        )
+    yield Table(
+        ("criterion", "first in its order", "also replaced", "order of all layers"),
+        rows,
+        frozenset(marked),
+    )
+    if len(report.layers) == len(replaced):
+        yield Text("Only the replaced layers were measured, so every order has them.")
+
+
+def _correlations(checkpoint: Checkpoint) -> Iterator[Item]:
+    report = checkpoint.report
+    layers = [
+        layer for layer in report.ranking if layer.canonical_correlations is not None
+    ]
+    if not layers:
+        yield Text(_NO_CORRELATIONS, is_absence=True)
+        return
+    yield FigureItem(
+        lambda: correlations_figure(report),
+        "1 − ρ² over the canonical directions of each layer: from the least to the "
+        "greatest, the middle half thick, the median as a dot. Their sum is the bound.",
+    )
+    shares = (0.0, 0.05, 0.25, 0.5, 0.75, 1.0)
+    rows = []
+    for layer in sorted(layers, key=lambda layer: layer.index):
+        quantiles = layer.canonical_correlations or []
+        values = [quantile_of(quantiles, share) for share in shares]
+        rows.append((str(layer.index), *(f"{value:.5f}" for value in values)))
+    between = (f"{share:.0%} below" for share in shares[1:-1])
+    header = ("layer", "least ρ", *between, "greatest ρ")
+    yield Table(header, rows, is_detail=True)
+
+
+def _provenance(checkpoint: Checkpoint) -> Iterator[Item]:
+    report = checkpoint.report
+    versions = ", ".join(f"{name} {v}" for name, v in report.versions.items())
+    yield Text(
+        f"{report.num_calibration_samples:,} calibration sequences, "
+        f"{report.num_tokens:,} tokens; {versions}; {report.created}."
+    )
+    if report.recipe:
+        yield Code(report.recipe.strip())
