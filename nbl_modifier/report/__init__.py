@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one NBL run measured, as data, tables, a figure and a model card."""
+"""What NBL runs measured: as data, tables, figures, a model card and a page."""
 
 from .schema import LayerResult, NBLReport
 

@@ -53,14 +53,19 @@ class KVCache:
         return cls(tuple(windows), 2 * kv_heads * head_dim * bits / 8, bits)
 
     @classmethod
-    def of_base_model(cls, config: Mapping[str, Any]) -> KVCache:
+    def of_base_model(cls, config: Mapping[str, Any], num_layers: int) -> KVCache:
         """
         Return the cache that the model had before it was linearized and quantized.
 
         :param config: content of the checkpoint's ``config.json``
+        :param num_layers: decoder layers before; dropped blocks are not in ``config``
         :raises ValueError: if the sizes are not in it
         """
-        changes = {"nbl_config": None, "quantization_config": None}
+        changes = {
+            "nbl_config": None,
+            "quantization_config": None,
+            "num_hidden_layers": num_layers,
+        }
         return cls.from_config({**config, **changes})
 
     @property
@@ -119,6 +124,11 @@ def _windows(config: Mapping[str, Any]) -> list[int | None]:
     if config.get("use_sliding_window") is False or not window:
         return [None] * count
     kinds = config.get("layer_types") or ["sliding_attention"] * count
+    if len(kinds) != count:
+        raise ValueError(
+            f"config.json: layer_types has {len(kinds)} of {count} layers, so it is "
+            "not known which were sliding."
+        )
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 

@@ -28,7 +28,8 @@ def kv_cache_section(group: ModelGroup) -> Iterator[Item]:
         try:
             config = _config(checkpoint)
             caches[checkpoint.name] = KVCache.from_config(config)
-            base = base or KVCache.of_base_model(config)
+            layers = checkpoint.report.num_hidden_layers
+            base = base or KVCache.of_base_model(config, layers)
             limit = limit or config.get("max_position_embeddings")
         except ValueError as err:
             yield Text(f"`{checkpoint.name}`: {err}", is_absence=True)

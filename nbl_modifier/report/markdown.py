@@ -51,23 +51,21 @@ def aligned_table(table: Table) -> str:
         (f"**{row[0]}**", *row[1:]) if index in table.marked else row
         for index, row in enumerate(table.rows)
     ]
-    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
-    widths = [
-        max(3, *map(len, column)) for column in zip(table.header, *rows, strict=True)
-    ]
-    to_right = table.is_numeric
     lines = [
-        "| "
-        + " | ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, to_right, strict=True)
-        )
-        + " |"
-        for row in (table.header, *rows)
+        tuple(cell.replace("|", "\\|") for cell in row) for row in (table.header, *rows)
     ]
-    rule = (
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    to_right = table.is_numeric
+    texts = [
+        " | ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, to_right, strict=True)
+        )
+        for line in lines
+    ]
+    rule = "|".join(
         "-" * (width + 1) + (":" if right else "-")
         for width, right in zip(widths, to_right, strict=True)
     )
-    lines.insert(1, "|" + "|".join(rule) + "|")
-    return "\n".join(lines)
+    header, *body = (f"| {text} |" for text in texts)
+    return "\n".join([header, f"|{rule}|", *body])

@@ -76,8 +76,9 @@ def ranking_figure(report: NBLReport) -> Figure:
     :param report: a finished run
     :raises ImportError: if matplotlib is missing; the message says how to install it
     """
+    figure = _new_figure(5.6)
     layers = sorted(report.layers, key=lambda layer: layer.index)
-    figure = _new_figure(_width_inches(len(layers)), 5.6)
+    figure.set_figwidth(_width_inches(len(layers)))
     upper, lower = figure.subplots(2, 1, sharex=True)
 
     positions = [layer.index for layer in layers]
@@ -109,8 +110,9 @@ def correlations_figure(report: NBLReport) -> Figure:
     :param report: a finished run with canonical correlations
     :raises ImportError: if matplotlib is missing; the message says how to install it
     """
+    figure = _new_figure(3.4)
     layers = sorted(report.layers, key=lambda layer: layer.index)
-    figure = _new_figure(_width_inches(len(layers)), 3.4)
+    figure.set_figwidth(_width_inches(len(layers)))
     axes = figure.subplots()
     for layer in layers:
         quantiles = layer.canonical_correlations
@@ -155,7 +157,7 @@ def scatter_figure(points: Sequence[Point], x_label: str, y_label: str) -> Figur
     :param y_label: of the vertical axis, with unit
     :raises ImportError: if matplotlib is missing; the message says how to install it
     """
-    figure = _new_figure(6.4, 4.0)
+    figure = _new_figure(4.0)
     axes = figure.subplots()
     for point in points:
         axes.errorbar(
@@ -215,11 +217,9 @@ def inline_svg(figure: Figure, name: str) -> str:
     return svg.strip()
 
 
-def _new_figure(width_inches: float, height_inches: float) -> Figure:
+def _new_figure(height_inches: float) -> Figure:
     figure_class, canvas_class = _import_matplotlib()
-    figure: Figure = figure_class(
-        figsize=(width_inches, height_inches), layout="constrained"
-    )
+    figure: Figure = figure_class(figsize=(6.4, height_inches), layout="constrained")
     canvas_class(figure)
     return figure
 

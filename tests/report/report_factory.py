@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A report as a run would make it, for the tests of this folder."""
 
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
 from nbl_modifier.report.schema import FORMAT_VERSION, LayerResult, NBLReport
 
 # Layer number to bound: the ranking is 2, 0, 3, 1.
@@ -47,3 +52,66 @@ def make_report(**changes: object) -> NBLReport:
         "evaluation": {"perplexity base": 14.5, "held-out tokens": 16320.0},
     }
     return NBLReport(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def write_checkpoint(
+    directory: Path, selected: Sequence[int], **changes: object
+) -> None:
+    """Write the report and configuration of a checkpoint, without weights."""
+    directory.mkdir(parents=True)
+    report = make_report(selected_layers=list(selected), **changes)
+    layers = [
+        dataclasses.replace(layer, selected=layer.index in selected)
+        for layer in report.layers
+    ]
+    dataclasses.replace(report, layers=layers).save(directory / "nbl_report.json")
+    config = {
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "hidden_size": 256,
+        "dtype": "bfloat16",
+        "max_position_embeddings": 1024,
+        "nbl_config": {"version": 1, "layers": {str(i): {} for i in selected}},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def write_measurements(path: Path, accuracies: dict[str, dict[str, float]]) -> None:
+    """Write accuracies by model and task, the base model first; errors are 0.01."""
+    base = next(iter(accuracies))
+    measurements = [
+        {
+            "model": model,
+            "baseline": None if model == base else base,
+            "metrics": {
+                name: {"value": value, "standard_error": 0.01, "kind": "accuracy"}
+                for name, value in tasks.items()
+            },
+        }
+        for model, tasks in accuracies.items()
+    ]
+    content = {"format_version": 1, "measurements": measurements}
+    path.write_text(json.dumps(content))
+
+
+def write_benchmark(path: Path, base: str, compressed: str) -> None:
+    """Write the speeds of one pair of models: 1.25 +- 0.05 and 2 times base."""
+    rows = [
+        {
+            "phase": phase,
+            "context": 512,
+            "batch": 8,
+            "base": [100.0, 200.0],
+            "compressed": speeds,
+        }
+        for phase, speeds in (("prefill", [120.0, 260.0]), ("decode", [200.0, 400.0]))
+    ]
+    content = {
+        "format_version": 1,
+        "base": {"name": base},
+        "compressed": {"name": compressed},
+        "rows": rows,
+    }
+    path.write_text(json.dumps(content))
