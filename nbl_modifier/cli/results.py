@@ -26,7 +26,10 @@ def update_report(
     :param figures: perplexities in order
     :return: the report as it is now
     """
-    from nbl_modifier.report.measurements import STANDARD_ERROR, TIMES_BASE
+    from nbl_modifier.report.measurements import (
+        PERPLEXITY_RATIO,
+        PERPLEXITY_RATIO_ERROR,
+    )
     from nbl_modifier.report.model_card import write_report
     from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
 
@@ -35,12 +38,10 @@ def update_report(
         f"perplexity {name}": result.perplexity for name, result in figures.items()
     }
     if figures:
-        base, *others = figures.items()
-        evaluation["held-out tokens"] = base[1].num_tokens
-        for name, result in others:
-            ratio = f"perplexity {name}{TIMES_BASE}"
-            values = result.relative_to(base[1])
-            evaluation[ratio], evaluation[ratio + STANDARD_ERROR] = values
+        base, *_, last = figures.values()
+        ratio, error = last.relative_to(base)
+        evaluation |= {PERPLEXITY_RATIO: ratio, PERPLEXITY_RATIO_ERROR: error}
+        evaluation["held-out tokens"] = base.num_tokens
     evaluation["weights of the base model in bytes"] = weight_bytes(model)
     evaluation["weights in bytes"] = weight_bytes(output)
     report = dataclasses.replace(

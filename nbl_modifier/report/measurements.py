@@ -32,8 +32,8 @@ __all__ = [
     "BENCHMARK_FILE_NAME",
     "KINDS",
     "MEASUREMENTS_FILE_NAME",
-    "STANDARD_ERROR",
-    "TIMES_BASE",
+    "PERPLEXITY_RATIO",
+    "PERPLEXITY_RATIO_ERROR",
     "Measurement",
     "Metric",
     "benchmark_measurements",
@@ -45,8 +45,9 @@ __all__ = [
 FORMAT_VERSION = 1
 MEASUREMENTS_FILE_NAME = "nbl_measurements.json"
 BENCHMARK_FILE_NAME = "nbl_benchmark.json"
-#: Endings of the names in ``NBLReport.evaluation``: a ratio, and its precision.
-TIMES_BASE, STANDARD_ERROR = " times base", ", standard error"
+#: Names in ``NBLReport.evaluation``: of the last step, and its standard error.
+PERPLEXITY_RATIO = "perplexity times base"
+PERPLEXITY_RATIO_ERROR = "perplexity times base, standard error"
 #: What a metric is, with its unit.
 KINDS = {
     "accuracy": "fraction of the questions answered right",
@@ -170,23 +171,14 @@ def report_measurements(model: str, report: NBLReport) -> list[Measurement]:
     :return: base model and checkpoint; nothing where perplexity was not measured
     """
     figures = report.evaluation or {}
-    steps = [
-        name
-        for name in figures
-        if name.startswith("perplexity ") and TIMES_BASE not in name
-    ]
-    if "perplexity base" not in figures or len(steps) < 2:
+    if PERPLEXITY_RATIO not in figures:
         return []
-    # the last step is the saved checkpoint, if it was measured
-    ratio = figures[steps[-1]] / figures["perplexity base"]
-    error = figures.get(f"{steps[-1]}{TIMES_BASE}{STANDARD_ERROR}")
+    ratio, error = figures[PERPLEXITY_RATIO], figures.get(PERPLEXITY_RATIO_ERROR)
     name = "perplexity, held-out text"
-    base = Metric(1.0, 0.0, "perplexity_ratio")
+    own = Metric(ratio, error, "perplexity_ratio")
     return [
-        Measurement(report.model, None, {name: base}),
-        Measurement(
-            model, report.model, {name: Metric(ratio, error, "perplexity_ratio")}
-        ),
+        Measurement(report.model, None, {name: Metric(1.0, 0.0, "perplexity_ratio")}),
+        Measurement(model, report.model, {name: own}),
     ]
 
 

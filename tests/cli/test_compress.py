@@ -105,6 +105,7 @@ def test_perplexity_is_measured_after_each_modifier_and_of_what_was_saved(
     evaluation = NBLReport.load(gptq_run.output / "nbl_report.json").evaluation
     assert evaluation is not None
     names = [name for name in evaluation if name.startswith("perplexity")]
+    names, ratio = names[:4], names[4:]
     labels = ["base", "after NBLModifier", "after GPTQModifier", SAVED]
     assert names == [f"perplexity {label}" for label in labels]
     base, nbl, gptq, saved = (evaluation[name] for name in names)
@@ -113,6 +114,9 @@ def test_perplexity_is_measured_after_each_modifier_and_of_what_was_saved(
     # the same bf16 weights, decompressed once rather than in every forward pass
     assert saved == pytest.approx(gptq, rel=1e-3)
     assert evaluation["held-out tokens"] == 8 * 127
+    assert ratio == ["perplexity times base", "perplexity times base, standard error"]
+    assert evaluation[ratio[0]] == pytest.approx(saved / base, rel=1e-9)
+    assert 0 < evaluation[ratio[1]] < evaluation[ratio[0]] / 10
 
 
 def test_step_after_nbl_is_what_nbl_alone_gives(

@@ -107,7 +107,8 @@ def complete(tmp_path: Path) -> Path:
     evaluation = {
         "perplexity base": 10.0,
         "perplexity saved checkpoint": 10.5,
-        "perplexity saved checkpoint times base, standard error": 0.0125,
+        "perplexity times base": 1.05,
+        "perplexity times base, standard error": 0.0125,
     }
     for name, selected in {"nbl1": [2], "nbl2": [0, 2]}.items():
         write_checkpoint(folder / name, selected, evaluation=evaluation)
