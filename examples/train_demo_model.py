@@ -13,7 +13,8 @@ the perplexity printed at the end is measured on it. The same files and argument
 the same model, and an interrupted run that is started again continues. A run that
 `--minutes` ends depends on the speed of the machine as well.
 
-On a GPU, add `--device cuda --bf16 --compile`.
+On a GPU, add `--device cuda --bf16 --compile`. `torchrun --nproc-per-node N` in place
+of `python` splits each batch over N processes, on CPUs or GPUs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from nbl_modifier.data import STDLIB, load_texts, pack
@@ -51,7 +54,7 @@ SECONDS_BETWEEN_SAVES, STEPS_BETWEEN_LOSSES = 300.0, 20
 IDENTITY = (
     *("model_type", "layers", "hidden", "heads", "kv_heads", "head_dim", "mlp"),
     *("vocabulary", "positions", "tokens", "batch_size", "seq_length", "lr", "seed"),
-    *("device", "bf16", "compile"),
+    *("bf16", "compile"),
 )
 
 
@@ -59,23 +62,27 @@ def main() -> int:
     """Train, save and measure."""
     args = arguments()
     torch.set_num_threads(args.threads)
+    ranks = Ranks(args.device)
+    if ranks.is_distributed and args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    if args.batch_size % ranks.size:
+        raise SystemExit(
+            f"--batch-size {args.batch_size} is not a multiple of {ranks.size}, the "
+            "number of processes. Pass one that is."
+        )
     if args.output.exists() and not args.overwrite:
         raise SystemExit(
             f"{args.output} exists. Pass --overwrite, or another --output."
         )
-    packages = [Path(p) for p in sys.path if Path(p).name in PACKAGE_FOLDERS]
-    texts = documents(args.source or packages)
-    random.Random(args.seed).shuffle(texts)
-    print(
-        f"{len(texts)} files, {sum(map(len, texts)) / 1e6:.1f} M characters", flush=True
-    )
-    tokenizer = load_or_train_tokenizer(args, texts)
-    windows = token_windows(args, texts, tokenizer)
-    print(f"{windows.numel() / 1e6:.2f} M different training tokens", flush=True)
-    run = Run(args, windows)
+    folder = args.output.with_name(args.output.name + ".training")
+    windows, tokenizer = stored_text(args, folder, ranks)
+    args.vocabulary = len(tokenizer)
+    run = Run(args, windows, ranks, folder)
     run.resume()
     run.train()
-    run.save(tokenizer)
+    if ranks.is_first:
+        run.save(tokenizer)
+    ranks.close()
     return 0
 
 
@@ -117,6 +124,43 @@ def arguments() -> argparse.Namespace:
 
 
 # --- text -------------------------------------------------------------------------
+
+
+def stored_text(
+    args: argparse.Namespace, folder: Path, ranks: Ranks
+) -> tuple[torch.Tensor, Any]:
+    """
+    Return token windows and tokenizer, those of the interrupted run if there was one.
+
+    Packages may have been installed since.
+
+    :param folder: of the unfinished run
+    """
+    from transformers import AutoTokenizer
+
+    path = folder / "windows.pt"
+    if ranks.is_first and not path.exists():
+        packages = [Path(p) for p in sys.path if Path(p).name in PACKAGE_FOLDERS]
+        texts = documents(args.source or packages)
+        random.Random(args.seed).shuffle(texts)
+        characters = sum(map(len, texts))
+        print(f"{len(texts)} files, {characters / 1e6:.1f} M characters", flush=True)
+        tokenizer = load_or_train_tokenizer(args, texts)
+        windows = token_windows(args, texts, tokenizer)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        save_atomically(windows, path)
+        print(f"{windows.numel() / 1e6:.2f} M different tokens", flush=True)
+    ranks.wait()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return torch.load(path, weights_only=True), tokenizer
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """Write a file so that a crash leaves the previous one or this one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    torch.save(content, new)
+    new.replace(path)
 
 
 def documents(sources: list[Path]) -> list[str]:
@@ -169,9 +213,7 @@ def load_or_train_tokenizer(args: argparse.Namespace, texts: list[str]) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     if args.tokenizer is not None:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-        args.vocabulary = len(tokenizer)
-        return tokenizer
+        return AutoTokenizer.from_pretrained(args.tokenizer)
     from tokenizers import ByteLevelBPETokenizer
 
     bpe = ByteLevelBPETokenizer()
@@ -218,16 +260,76 @@ def token_windows(
 # --- training ---------------------------------------------------------------------
 
 
+class Ranks:
+    """
+    The processes that share each batch: those of torchrun, or this one alone.
+
+    :param device: what they compute on
+    """
+
+    def __init__(self, device: str) -> None:
+        self.is_distributed = "RANK" in os.environ
+        if self.is_distributed:
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        self.rank = dist.get_rank() if self.is_distributed else 0
+        self.size = dist.get_world_size() if self.is_distributed else 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Replace the gradients by their mean over all processes."""
+        if not self.is_distributed:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.size
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, part in zip(gradients, flat.split(sizes), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def of_first(self, value: float, device: str) -> float:
+        """Return the first process's value, so that all decide alike."""
+        if not self.is_distributed:
+            return value
+        tensor = torch.tensor([value], dtype=torch.float64, device=device)
+        dist.broadcast(tensor, 0)
+        return float(tensor.item())
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.is_distributed:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Wait for the others and leave."""
+        self.wait()
+        if self.is_distributed:
+            dist.destroy_process_group()
+
+
 class Run:
     """
     One training run, which can be interrupted after any step.
 
     :param args: the command line
     :param windows: ``[num_windows, seq_length]``
+    :param ranks: the processes that share it
+    :param folder: for what an interrupted run needs to continue
     """
 
-    def __init__(self, args: argparse.Namespace, windows: torch.Tensor) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        windows: torch.Tensor,
+        ranks: Ranks,
+        folder: Path,
+    ) -> None:
         self.args, self.windows = args, windows
+        self.ranks, self.folder = ranks, folder
         torch.manual_seed(args.seed)
         self.model = new_model(args).to(args.device)
         self.forward = torch.compile(self.model) if args.compile else self.model
@@ -240,15 +342,14 @@ class Run:
         self.step, self.seconds = 0, 0.0
         self.orders: dict[int, torch.Tensor] = {}
         self.steps = max(1, round(args.tokens / (args.batch_size * args.seq_length)))
-        self.folder = args.output.with_name(args.output.name + ".training")
         count = sum(p.numel() for p in self.model.parameters())
-        print(f"{args.model_type}, {count / 1e6:.2f} M parameters, {self.steps} steps")
+        if ranks.is_first:
+            what = f"{args.model_type}, {count / 1e6:.2f} M parameters"
+            print(f"{what}, {self.steps} steps", flush=True)
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal for a run to be continued."""
-        values = {name: getattr(self.args, name) for name in IDENTITY}
-        raw = self.windows.numpy().tobytes()
-        return {**values, "text": hashlib.sha256(raw).hexdigest()}
+        return {name: getattr(self.args, name) for name in IDENTITY}
 
     def resume(self) -> None:
         """Continue where an interrupted run of the same command stopped, if any."""
@@ -268,8 +369,7 @@ class Run:
         print(f"continues at step {self.step}", flush=True)
 
     def store(self) -> None:
-        """Write the state so that a crash leaves the previous one or this one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write what is needed to continue from here."""
         state = {
             "identity": self.identity(),
             "model": self.model.state_dict(),
@@ -277,8 +377,7 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
         }
-        torch.save(state, self.folder / "state.pt.new")
-        (self.folder / "state.pt.new").replace(self.folder / "state.pt")
+        save_atomically(state, self.folder / "state.pt")
 
     def fraction(self) -> float:
         """Return how much of the budget is spent, of tokens or of minutes."""
@@ -287,7 +386,8 @@ class Run:
 
     def train(self) -> None:
         """Train until the budget is spent."""
-        bar = tqdm(total=self.steps, initial=self.step, desc="train")
+        first = self.ranks.is_first
+        bar = tqdm(total=self.steps, initial=self.step, desc="train", disable=not first)
         self.model.train()
         last = saved = time.monotonic()
         try:
@@ -295,19 +395,22 @@ class Run:
                 loss = self.train_step()
                 now = time.monotonic()
                 self.step += 1
-                self.seconds += now - last
+                elapsed = self.seconds + now - last
+                self.seconds = self.ranks.of_first(elapsed, self.args.device)
                 last = now
                 bar.update()
                 if self.step % STEPS_BETWEEN_LOSSES == 0:
                     self.show(loss.item(), bar)
-                if now - saved > SECONDS_BETWEEN_SAVES:
+                if first and now - saved > SECONDS_BETWEEN_SAVES:
                     self.store()
                     saved = now
         except KeyboardInterrupt:
-            self.store()
+            if first:
+                self.store()
             raise SystemExit("\nstopped; the same command continues.") from None
         bar.close()
-        self.store()
+        if first:
+            self.store()
 
     def show(self, loss: float, bar: tqdm[Any]) -> None:
         """Show the loss, and stop where it makes no sense to go on."""
@@ -327,13 +430,16 @@ class Run:
             logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten()
         )
         loss.backward()
+        self.ranks.average_gradients(list(self.model.parameters()))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()
 
     def batch(self) -> torch.Tensor:
-        """Return the windows of this step: each once before any comes again."""
+        """
+        Return this process's windows of this step: each once before any comes again.
+        """
         size = self.args.batch_size
         epoch, index = divmod(self.step, len(self.windows) // size)
         if epoch not in self.orders:
@@ -344,7 +450,7 @@ class Run:
                 epoch: torch.randperm(len(self.windows), generator=generator)
             }
         rows = self.orders[epoch][index * size : (index + 1) * size]
-        return self.windows[rows].long()
+        return self.windows[rows[self.ranks.rank :: self.ranks.size]].long()
 
     def save(self, tokenizer: Any) -> None:
         """Write the model in bfloat16, its held-out perplexity and how it was made."""

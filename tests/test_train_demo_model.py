@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,9 +96,26 @@ def test_interrupted_run_ends_in_the_same_model(tmp_path: Path, source: Path) ->
     with pytest.raises(SystemExit, match="same command continues"):
         train(tmp_path / "parts", source, stop_at=3)
     assert not (tmp_path / "parts").exists()
+    (source / "installed_since.py").write_text("x = 1\n" * 100)
     train(tmp_path / "parts", source)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_processes_share_the_batches(tmp_path: Path, source: Path) -> None:
+    """Two of them, each with half of every batch, take the same steps as one."""
+    train(tmp_path / "one", source)
+    arguments = ("--output", str(tmp_path / "two"), "--source", str(source), *SIZES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launch, "--nproc-per-node", "2", str(SCRIPT), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(SCRIPT.parents[1])
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    # Gradients are summed in another order; bfloat16 has 8 bits of precision.
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=2**-7, atol=1e-4)
 
 
 def test_another_seed_gives_another_model(tmp_path: Path, source: Path) -> None:
