@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .measurements import (
-    BENCHMARK_FILE_NAME,
     MEASUREMENTS_FILE_NAME,
     Measurement,
     Metric,
@@ -19,12 +18,13 @@ from .measurements import (
     report_measurements,
 )
 from .schema import REPORT_FILE_NAME, NBLReport
+from .speed import SPEED_FILE_NAME
 
 __all__ = ["Checkpoint", "ModelGroup", "collect"]
 
 _MEASUREMENT_READERS = {
     MEASUREMENTS_FILE_NAME: load_measurements,
-    BENCHMARK_FILE_NAME: benchmark_measurements,
+    SPEED_FILE_NAME: benchmark_measurements,
 }
 _FILE_NAMES = (REPORT_FILE_NAME, *_MEASUREMENT_READERS)
 

@@ -21,15 +21,15 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .schema import NBLReport
+from .speed import SpeedReport
 
 __all__ = [
-    "BENCHMARK_FILE_NAME",
     "KINDS",
     "MEASUREMENTS_FILE_NAME",
     "PERPLEXITY_RATIO",
@@ -44,7 +44,6 @@ __all__ = [
 
 FORMAT_VERSION = 1
 MEASUREMENTS_FILE_NAME = "nbl_measurements.json"
-BENCHMARK_FILE_NAME = "nbl_benchmark.json"
 #: Names in ``NBLReport.evaluation``: of the last step, and its standard error.
 PERPLEXITY_RATIO = "perplexity times base"
 PERPLEXITY_RATIO_ERROR = "perplexity times base, standard error"
@@ -138,28 +137,24 @@ def benchmark_measurements(path: Path) -> list[Measurement]:
     :param path: the file
     :raises ValueError: if it is not one; the message names the file
     """
-    fields = _fields(path)
-    try:
-        base, compressed = fields["base"]["name"], fields["compressed"]["name"]
-        metrics = dict(_speed(row) for row in fields["rows"])
-    except (KeyError, TypeError, ValueError) as err:
-        raise ValueError(
-            f"{path}: not a benchmark ({type(err).__name__}: {err}). Run nbl benchmark "
-            "again."
-        ) from err
-    same = {
-        name: Metric(1.0, 0.0, "speed_ratio") for name in metrics
-    }  # by definition, so that the base model has its place in the figures
+    report = SpeedReport.load(path)
+    metrics = {
+        f"{row.phase}, {row.batch} x {row.context:,} tokens, {report.engine}": Metric(
+            statistics.fmean(row.ratios), _standard_error(row.ratios), "speed_ratio"
+        )
+        for row in report.rows
+    }
+    # by definition, so that the base model has its place in the figures
+    same = dict.fromkeys(metrics, Metric(1.0, 0.0, "speed_ratio"))
+    base, compressed = report.base.name, report.compressed.name
     return [Measurement(base, None, same), Measurement(compressed, base, metrics)]
 
 
-def _speed(row: Mapping[str, Any]) -> tuple[str, Metric]:
-    ratios = [c / b for b, c in zip(row["base"], row["compressed"], strict=True)]
-    error = (
-        statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else None
-    )
-    name = f"{row['phase']}, {row['batch']} x {row['context']:,} tokens"
-    return name, Metric(statistics.fmean(ratios), error, "speed_ratio")
+def _standard_error(values: Sequence[float]) -> float | None:
+    """Return that of the mean, None of a single value."""
+    if len(values) < 2:
+        return None
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def report_measurements(model: str, report: NBLReport) -> list[Measurement]:

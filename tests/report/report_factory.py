@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbl_modifier.report.schema import FORMAT_VERSION, LayerResult, NBLReport
+from nbl_modifier.report.speed import Capacity, MeasuredModel, SpeedReport, SpeedRow
 
 # Layer number to bound: the ranking is 2, 0, 3, 1.
 BOUNDS = {0: 2.5, 1: 9.0, 2: 1.25, 3: 4.0}
@@ -98,20 +99,24 @@ def write_measurements(path: Path, accuracies: dict[str, dict[str, float]]) -> N
 
 def write_benchmark(path: Path, base: str, compressed: str) -> None:
     """Write the speeds of one pair of models: 1.25 +- 0.05 and 2 times base."""
-    rows = [
-        {
-            "phase": phase,
-            "context": 512,
-            "batch": 8,
-            "base": [100.0, 200.0],
-            "compressed": speeds,
-        }
-        for phase, speeds in (("prefill", [120.0, 260.0]), ("decode", [200.0, 400.0]))
+    models = [
+        MeasuredModel(name, "A", 4, [], 1e6, 512.0, None, 1.0)
+        for name in (base, compressed)
     ]
-    content = {
-        "format_version": 1,
-        "base": {"name": base},
-        "compressed": {"name": compressed},
-        "rows": rows,
-    }
-    path.write_text(json.dumps(content))
+    rows = [
+        SpeedRow("prefill", 512, 8, 0, [100.0, 200.0], [120.0, 260.0], 1.0, 1.0),
+        SpeedRow("decode", 512, 8, 64, [100.0, 200.0], [200.0, 400.0], 1.0, 1.0),
+    ]
+    SpeedReport(
+        format_version=1,
+        engine="vllm",
+        base=models[0],
+        compressed=models[1],
+        capacity=Capacity(None, None, None, {}),
+        rows=rows,
+        skipped=[],
+        settings={},
+        machine={},
+        versions={},
+        created="2026-01-02T03:04:05+00:00",
+    ).save(path)

@@ -76,11 +76,11 @@ def test_speed_is_the_mean_ratio_over_rounds(tmp_path: Path) -> None:
     base, compressed = benchmark_measurements(path)
     assert (base.model, base.baseline) == ("base", None)
     assert (compressed.model, compressed.baseline) == ("out", "base")
-    prefill = compressed.metrics["prefill, 8 x 512 tokens"]
+    prefill = compressed.metrics["prefill, 8 x 512 tokens, vllm"]
     # Rounds give 1.2 and 1.3; their standard deviation is 0.1 / sqrt(2).
     assert prefill.value == pytest.approx(1.25, rel=1e-12)
     assert prefill.standard_error == pytest.approx(0.05, rel=1e-12)
-    decode = compressed.metrics["decode, 8 x 512 tokens"]
+    decode = compressed.metrics["decode, 8 x 512 tokens, vllm"]
     assert decode == Metric(2.0, 0.0, "speed_ratio")
     assert base.metrics.keys() == compressed.metrics.keys()
 
@@ -99,7 +99,7 @@ def test_one_round_has_no_standard_error(tmp_path: Path) -> None:
 def test_broken_benchmark_is_named(tmp_path: Path) -> None:
     path = tmp_path / "nbl_benchmark.json"
     path.write_text('{"format_version": 1, "base": {}}')
-    with pytest.raises(ValueError, match=f"{re.escape(str(path))}: not a benchmark"):
+    with pytest.raises(ValueError, match=re.escape(str(path))):
         benchmark_measurements(path)
 
 

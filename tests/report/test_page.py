@@ -192,7 +192,7 @@ def test_numbers_are_those_of_the_files(complete: Path, tmp_path: Path) -> None:
         ["nbl2", "1.2500 ± 0.0500", "0.6000 ± 0.0071"],
     ]
     assert page.rows["Speed"][1] == [
-        "prefill, 8 x 512 tokens",
+        "prefill, 8 x 512 tokens, vllm",
         *["1.2500 ± 0.0500"] * 2,
     ]
     assert page.rows["Canonical correlations"][1] == [
