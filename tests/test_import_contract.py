@@ -39,7 +39,7 @@ LAYERS = {
     "cli": Layer(
         ours="modifier benchmark evaluation report data hf architectures",
         lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru"
-        " yaml vllm",
+        " yaml vllm lm_eval",
     ),
     "modifier": Layer(
         ours="calibration composition saving smoothing preflight surgery upstream"

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import benchmark, compress, generate, report
+from . import benchmark, compress, evaluate, generate, report
 
 _DESCRIPTION = """\
 Neural Block Linearization: replace attention layers of a language model by linear
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     compress.add_parser(commands)
+    evaluate.add_parser(commands)
     generate.add_parser(commands)
     benchmark.add_parser(commands)
     report.add_parser(commands)

@@ -60,7 +60,7 @@ def check_output(output: str, model: str, overwrite: bool) -> None:
         raise ValueError(
             f"--output {output}: is the model itself. Choose another directory."
         )
-    _check_writable(path)
+    check_writable(path)
     if not path.exists() or not any(path.iterdir()):
         return
     if not (path / "config.json").is_file():
@@ -75,8 +75,13 @@ def check_output(output: str, model: str, overwrite: bool) -> None:
         )
 
 
-def _check_writable(path: Path) -> None:
-    """Try it in the nearest directory that exists; leaves nothing behind."""
+def check_writable(path: Path) -> None:
+    """
+    Try to write in the nearest directory that exists; leaves nothing behind.
+
+    :param path: the command line's --output
+    :raises ValueError: if it is not writable
+    """
     parent = path
     while not parent.exists():
         parent = parent.parent

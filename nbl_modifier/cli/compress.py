@@ -14,7 +14,7 @@ from .probe import BASE, with_probes
 if TYPE_CHECKING:
     from datasets import Dataset
     from llmcompressor.recipe import Recipe
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from nbl_modifier.evaluation import PerplexityResult
 
@@ -214,6 +214,8 @@ def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
     from nbl_modifier.data import is_local
     from nbl_modifier.evaluation import perplexity
 
+    from .sources import load_model
+
     args = plan.args
     processor: Any = plan.tokenizer  # what oneshot expects, annotated narrower
     torch.manual_seed(args.seed)
@@ -242,7 +244,7 @@ def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
     )
     del model
     if plan.heldout is not None:
-        figures[SAVED] = measure(_load_saved(args.output))
+        figures[SAVED] = measure(load_model(args.output))
     return figures
 
 
@@ -251,17 +253,3 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
-
-
-def _load_saved(directory: str) -> PreTrainedModel:
-    """Return the checkpoint as transformers loads it, on the accelerator if any."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    import nbl_modifier.hf
-
-    nbl_modifier.hf.register()
-    device_map = "auto" if torch.accelerator.is_available() else None
-    return AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto", device_map=device_map
-    )

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from .workers import require_vllm, run_worker
 
 _DESCRIPTION = """\
 Load each model in vLLM, one after the other, each in a process of its own. Prints how
@@ -109,8 +108,6 @@ def generate(args: argparse.Namespace) -> Iterator[Generation]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from importlib.util import find_spec
-
     for model in args.models:
         if model.startswith((".", "/", "~")) and not Path(model).exists():
             raise ValueError(f"model {model}: no such directory. Check the path.")
@@ -120,11 +117,7 @@ def _check(args: argparse.Namespace) -> None:
             )
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens must be at least 1, got {args.max_tokens}.")
-    if find_spec("vllm") is None:
-        raise ImportError(
-            "vLLM is not installed here. Run this in the environment that serves: "
-            "pip install vllm nbl-modifier."
-        )
+    require_vllm()
 
 
 def _generate_one(model: str, args: argparse.Namespace) -> Generation:
@@ -136,23 +129,5 @@ def _generate_one(model: str, args: argparse.Namespace) -> Generation:
         "dtype": args.dtype,
         "max_model_len": args.max_model_len,
     }
-    command = [sys.executable, "-m", "nbl_modifier.cli.vllm_worker"]
-    with tempfile.TemporaryDirectory() as folder:
-        answer, log = Path(folder) / "answer.json", Path(folder) / "log"
-        with log.open("wb") as file:
-            output = None if args.debug else file
-            process = subprocess.run(
-                [*command, json.dumps(job), str(answer)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                check=False,
-            )
-        if process.returncode != 0 or not answer.exists():
-            from nbl_modifier.benchmark.engines import tail
-
-            raise RuntimeError(
-                f"model {model}: vLLM failed with exit code {process.returncode}. "
-                f"--debug shows its whole log, which ends with:\n{tail(log)}"
-            )
-        return Generation(model=model, **json.loads(answer.read_text("utf-8")))
+    answer = run_worker("vllm_worker", model, job, debug=args.debug)
+    return Generation(model=model, **answer)

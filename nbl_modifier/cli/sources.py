@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokenizer and token rows that ``nbl compress`` was asked to use."""
+"""Models, tokenizers and token rows that a command was asked to use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _MAX_DEFAULT_SEQ_LENGTH = 2048
 
@@ -50,6 +50,24 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
             f"model {model}: has no tokenizer that can be loaded. Add its tokenizer "
             f"files. ({reason})"
         ) from err
+
+
+def load_model(model: str) -> PreTrainedModel:
+    """
+    Return a model, linearized or not, in its own dtype, on the accelerator if any.
+
+    :param model: directory or Hugging Face name
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import nbl_modifier.hf
+
+    nbl_modifier.hf.register()
+    device_map = "auto" if torch.accelerator.is_available() else None
+    return AutoModelForCausalLM.from_pretrained(
+        model, dtype="auto", device_map=device_map
+    )
 
 
 def calibration_rows(

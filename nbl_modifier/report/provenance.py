@@ -11,6 +11,8 @@ _DISTRIBUTIONS = {
     "transformers": "transformers",
     "llmcompressor": "llmcompressor",
     "compressed-tensors": "compressed-tensors",
+    "lm-eval": "lm_eval",
+    "vllm": "vllm",
 }
 
 

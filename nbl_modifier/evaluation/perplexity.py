@@ -91,7 +91,7 @@ def perplexity(
         )
     starts = range(0, len(rows), batch_size)
     nll_sums, counts = [], []
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         device = _input_device(model)
         bar = tqdm(starts, "perplexity", leave=False, delay=_PROGRESS_DELAY_SECONDS)
         for start in bar:
@@ -157,8 +157,12 @@ def _summarize(nll_sums: list[float], counts: list[int]) -> PerplexityResult:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Switch to eval mode and give every module its own mode back."""
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """
+    Switch to eval mode and give every module its own mode back.
+
+    :param model: any module
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One vLLM engine, some lm-eval tasks: the process that ``nbl evaluate`` starts."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    """
+    Return the scores as JSON types, by task.
+
+    :param job: model, tasks, limit, max_model_len
+    """
+    from lm_eval.models.vllm_causallms import VLLM
+    from vllm.platforms import current_platform
+
+    from nbl_modifier.evaluation import Task, load_tasks
+    from nbl_modifier.evaluation.harness import adds_bos, run_tasks
+
+    from .sources import load_tokenizer
+
+    if current_platform.is_cpu():
+        # 1 GiB of KV cache, and no core claimed that another process may be using
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    tasks = load_tasks([Task(**fields) for fields in job["tasks"]])
+    lm = VLLM(
+        pretrained=job["model"],
+        max_model_len=job["max_model_len"],
+        add_bos_token=adds_bos(load_tokenizer(job["model"])),
+        # on a CPU, compiling takes longer than it saves
+        enforce_eager=current_platform.is_cpu(),
+    )
+    scores = run_tasks(lm, tasks, job["limit"])
+    return {name: each.to_fields() for name, each in scores.items()}
+
+
+if __name__ == "__main__":
+    answer = main(json.loads(sys.argv[1]))
+    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
