@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from .measurements import (
+    EVALUATION_FILE_NAME,
     MEASUREMENTS_FILE_NAME,
     Measurement,
     Metric,
     benchmark_measurements,
+    evaluation_measurements,
     load_measurements,
     report_measurements,
 )
@@ -24,6 +26,7 @@ __all__ = ["Checkpoint", "ModelGroup", "collect"]
 
 _MEASUREMENT_READERS = {
     MEASUREMENTS_FILE_NAME: load_measurements,
+    EVALUATION_FILE_NAME: evaluation_measurements,
     SPEED_FILE_NAME: benchmark_measurements,
 }
 _FILE_NAMES = (REPORT_FILE_NAME, *_MEASUREMENT_READERS)

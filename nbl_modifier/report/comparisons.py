@@ -32,8 +32,8 @@ def quality(group: ModelGroup) -> Iterator[Item]:
     }
     if not kinds:
         yield Text(
-            "No quality was measured. `nbl compress --heldout` measures perplexity; "
-            "`nbl_measurements.json` carries accuracies.",
+            "No quality was measured. `nbl compress --heldout` measures perplexity, "
+            "`nbl evaluate` tasks.",
             is_absence=True,
         )
         return

@@ -2,9 +2,9 @@
 """
 Measured qualities and speeds of models, whichever program measured them.
 
-Standard library only. Three kinds of JSON files are read: ``nbl_report.json`` (the
-held-out perplexities of ``nbl compress``), ``nbl_benchmark.json`` and
-``nbl_measurements.json``, which other programs can write::
+Standard library only. Four kinds of JSON files are read: ``nbl_report.json`` (the
+held-out perplexity of ``nbl compress``), ``nbl_evaluation.json``,
+``nbl_benchmark.json``, and ``nbl_measurements.json``, which other programs can write::
 
     {"format_version": 1,
      "measurements": [
@@ -30,6 +30,7 @@ from .schema import NBLReport
 from .speed import SpeedReport
 
 __all__ = [
+    "EVALUATION_FILE_NAME",
     "KINDS",
     "MEASUREMENTS_FILE_NAME",
     "PERPLEXITY_RATIO",
@@ -37,12 +38,14 @@ __all__ = [
     "Measurement",
     "Metric",
     "benchmark_measurements",
+    "evaluation_measurements",
     "load_measurements",
     "mean_accuracy",
     "report_measurements",
 ]
 
 FORMAT_VERSION = 1
+EVALUATION_FILE_NAME = "nbl_evaluation.json"
 MEASUREMENTS_FILE_NAME = "nbl_measurements.json"
 #: Names in ``NBLReport.evaluation``: of the last step, and its standard error.
 PERPLEXITY_RATIO = "perplexity times base"
@@ -52,6 +55,7 @@ KINDS = {
     "accuracy": "fraction of the questions answered right",
     "perplexity_ratio": "perplexity over the base model's",
     "bits_per_byte": "bits per byte of text",
+    "score": "as lm-eval defines it",
     "speed_ratio": "tokens per second over the base model's",
 }
 
@@ -125,6 +129,42 @@ def _measurement(path: Path, position: int, entry: Any) -> Measurement:
             f"{path}: measurement {position} cannot be read "
             f"({type(err).__name__}: {err}). See docs/report.md for its form."
         ) from err
+
+
+def evaluation_measurements(path: Path) -> list[Measurement]:
+    """
+    Return the scores of an ``nbl_evaluation.json``, one metric per task.
+
+    :param path: the file
+    :raises ValueError: if it is not one; the message names the file
+    """
+    fields = _fields(path)
+    base: dict[str, Metric] = {}
+    compressed: dict[str, Metric] = {}
+    try:
+        for row in (row for row in fields["tasks"] if row["is_main"]):
+            name = f"{row['task']} {row['metric']}, {fields['backend']}"
+            kind = _kind(row["metric"])
+            base[name] = Metric(row["base"], row["base_stderr"], kind)
+            compressed[name] = Metric(row["compressed"], row["compressed_stderr"], kind)
+        baseline = fields["baseline"]
+        return [
+            Measurement(baseline, None, base),
+            Measurement(fields["checkpoint"], baseline, compressed),
+        ]
+    except (KeyError, TypeError, ValueError) as err:
+        raise ValueError(
+            f"{path}: not an evaluation ({type(err).__name__}: {err}). Run nbl "
+            "evaluate again."
+        ) from err
+
+
+def _kind(metric: str) -> str:
+    """Return the kind of a metric of lm-eval, whose filter follows a comma."""
+    name = metric.partition(",")[0]
+    if name.startswith("acc") or name == "exact_match":
+        return "accuracy"
+    return name if name == "bits_per_byte" else "score"
 
 
 def benchmark_measurements(path: Path) -> list[Measurement]:

@@ -13,6 +13,7 @@ from nbl_modifier.report.measurements import (
     Measurement,
     Metric,
     benchmark_measurements,
+    evaluation_measurements,
     load_measurements,
     mean_accuracy,
     report_measurements,
@@ -68,6 +69,31 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_measurements(path)
+
+
+def test_evaluation_has_one_metric_per_task(tmp_path: Path) -> None:
+    row = {"task": "piqa", "metric": "acc_norm", "is_main": True}
+    row |= {"base": 0.75, "base_stderr": 0.01}
+    row |= {"compressed": 0.5, "compressed_stderr": None}
+    bits = row | {"task": "text", "metric": "bits_per_byte", "compressed": 1.5}
+    other = row | {"task": "gen", "metric": "f1,none"}
+    content = {"format_version": 1, "checkpoint": "out", "baseline": "base"}
+    content |= {"backend": "hf", "limit": None, "average": None}
+    content["tasks"] = [row | {"metric": "acc", "is_main": False}, row, bits, other]
+    path = tmp_path / "nbl_evaluation.json"
+    path.write_text(json.dumps(content))
+    base, compressed = evaluation_measurements(path)
+    assert (base.model, base.baseline) == ("base", None)
+    assert base.metrics["piqa acc_norm, hf"] == Metric(0.75, 0.01, "accuracy")
+    assert (compressed.model, compressed.baseline) == ("out", "base")
+    assert compressed.metrics == {
+        "piqa acc_norm, hf": Metric(0.5, None, "accuracy"),
+        "text bits_per_byte, hf": Metric(1.5, None, "bits_per_byte"),
+        "gen f1,none, hf": Metric(0.5, None, "score"),
+    }
+    path.write_text(json.dumps({**content, "tasks": [{}]}))
+    with pytest.raises(ValueError, match="not an evaluation"):
+        evaluation_measurements(path)
 
 
 def test_speed_is_the_mean_ratio_over_rounds(tmp_path: Path) -> None:
