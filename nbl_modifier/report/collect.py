@@ -81,13 +81,19 @@ def collect(paths: Sequence[Path]) -> list[ModelGroup]:
     :raises ValueError: if there is no report in a path, or a file cannot be read
     """
     files = {file.resolve(): file for path in paths for file in _files(path)}
-    reports: dict[Path, NBLReport] = {}
+    reports = {
+        file.parent: NBLReport.load(file)
+        for file in files.values()
+        if file.name == REPORT_FILE_NAME
+    }
+    # few replaced layers first, in every table
+    order = sorted(reports, key=lambda path: (reports[path].num_replaced, str(path)))
+    reports = {directory: reports[directory] for directory in order}
     measurements: list[Measurement] = []
+    for directory, report in reports.items():
+        measurements += report_measurements(str(directory), report)
     for file in files.values():
-        if file.name == REPORT_FILE_NAME:
-            reports[file.parent] = NBLReport.load(file)
-            measurements += report_measurements(str(file.parent), reports[file.parent])
-        else:
+        if file.name in _MEASUREMENT_READERS:
             measurements += _MEASUREMENT_READERS[file.name](file)
     metrics: dict[str, dict[str, Metric]] = {}
     for measurement in measurements:
@@ -96,14 +102,14 @@ def collect(paths: Sequence[Path]) -> list[ModelGroup]:
     # by identity of the base model: as it is called, and the models made of it
     bases = {_identity(r.model): r.model for r in reports.values()}
     members: dict[str, list[str]] = {key: [] for key in bases}
+    for directory, report in reports.items():
+        members[_identity(report.model)].append(_identity(str(directory)))
     for measurement in measurements:
         base = measurement.baseline or measurement.model
         bases.setdefault(_identity(base), base)
         members.setdefault(_identity(base), [])
         if measurement.baseline is not None:
             members[_identity(base)].append(_identity(measurement.model))
-    for directory, report in reports.items():
-        members[_identity(report.model)].append(_identity(str(directory)))
     return [
         _group(key, bases[key], list(dict.fromkeys(members[key])), reports, metrics)
         for key in sorted(bases)
@@ -120,15 +126,11 @@ def _group(
     names = _distinct_names([key, *members])
     checkpoints = [
         Checkpoint(
-            names[identity],
-            directory,
-            report,
-            _config(directory),
+            names[_identity(str(directory))], directory, report, _config(directory)
         )
         for directory, report in reports.items()
-        if (identity := _identity(str(directory))) in members
+        if _identity(report.model) == key
     ]
-    checkpoints.sort(key=lambda c: (c.report.num_replaced, c.name))
     return ModelGroup(
         name=names[key],
         model=base,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from .blocks import FigureItem, Item, Table, Text
 from .collect import ModelGroup
@@ -115,65 +116,65 @@ def quality_against_speed(group: ModelGroup) -> Iterator[Item]:
 def _scatter(
     group: ModelGroup, horizontal: Mapping[str, Value], x_label: str
 ) -> Iterator[Item]:
-    """Yield quality over ``horizontal`` as figure and table, models that have both."""
-    y_label, qualities = _shared_quality(group, horizontal)
-    if len(qualities) < 2:
+    """Yield each quality over ``horizontal``, of the models that have both."""
+    models = {name: own for name, own in group.models.items() if name in horizontal}
+    qualities = _shared_qualities(models)
+    if not qualities:
         yield Text(
             f"{x_label}: no quality was measured on two models or more of which it is "
             "known.",
             is_absence=True,
         )
-        return
-    points = [
-        Point(
-            label=model,
-            x=horizontal[model],
-            y=(metric.value, metric.standard_error),
-            is_base=model == group.name,
+    for y_label, vertical in qualities.items():
+        points = [
+            Point(
+                label=model,
+                x=horizontal[model],
+                y=(metric.value, metric.standard_error),
+                is_base=model == group.name,
+            )
+            for model, metric in vertical.items()
+        ]
+        yield FigureItem(
+            partial(scatter_figure, points, x_label, y_label),
+            f"{y_label}, over {x_label}. Bars are one standard error, where known.",
         )
-        for model, metric in qualities.items()
-    ]
-    yield FigureItem(
-        lambda: scatter_figure(points, x_label, y_label),
-        f"{y_label}, over {x_label}. Bars are one standard error, where one is known.",
-    )
-    rows = [
-        (model, _number(*horizontal[model]), _cell(metric))
-        for model, metric in qualities.items()
-    ]
-    yield Table(("model", x_label, y_label), rows)
+        rows = [
+            (model, _number(*horizontal[model]), _cell(metric))
+            for model, metric in vertical.items()
+        ]
+        yield Table(("model", x_label, y_label), rows)
 
 
-def _shared_quality(
-    group: ModelGroup, wanted: Mapping[str, object]
-) -> tuple[str, dict[str, Metric]]:
+def _shared_qualities(
+    models: Mapping[str, dict[str, Metric]],
+) -> dict[str, dict[str, Metric]]:
     """
-    Return a quality that at least two models have, and what it is.
+    Return the qualities that at least two models have, by what they are.
 
-    Accuracy where there is any, as its mean over the tasks that all of them have.
+    Accuracy is the mean over the tasks that all models with accuracies have.
     """
-    models = {name: m for name, m in group.models.items() if name in wanted}
+    qualities = {}
     for kind in ("accuracy", "perplexity_ratio", "bits_per_byte"):
-        of_kind = {
+        having = {
             model: {name: m for name, m in metrics.items() if m.kind == kind}
             for model, metrics in models.items()
         }
-        of_kind = {model: metrics for model, metrics in of_kind.items() if metrics}
-        if len(of_kind) < 2:
+        having = {model: metrics for model, metrics in having.items() if metrics}
+        if len(having) < 2:
             continue
-        shared = sorted(set.intersection(*map(set, of_kind.values())))
-        if not shared:
-            continue
-        if kind != "accuracy":
-            return f"{KINDS[kind]} ({shared[0]})", {
-                model: metrics[shared[0]] for model, metrics in of_kind.items()
+        shared = sorted(set.intersection(*map(set, having.values())))
+        if kind == "accuracy" and len(shared) > 1:
+            qualities[f"mean accuracy over {len(shared)} tasks"] = {
+                model: mean_accuracy({name: metrics[name] for name in shared})
+                for model, metrics in having.items()
             }
-        tasks = f"{len(shared)} tasks" if len(shared) > 1 else shared[0]
-        return f"mean accuracy over {tasks}", {
-            model: mean_accuracy({name: metrics[name] for name in shared})
-            for model, metrics in of_kind.items()
-        }
-    return "", {}
+        elif shared:
+            name = shared[0]
+            qualities[f"{kind.replace('_', ' ')}, {name}"] = {
+                model: metrics[name] for model, metrics in having.items()
+            }
+    return qualities
 
 
 def _cell(metric: Metric | None) -> str:

@@ -143,7 +143,7 @@ def evaluation_measurements(path: Path) -> list[Measurement]:
     compressed: dict[str, Metric] = {}
     try:
         for row in (row for row in fields["tasks"] if row["is_main"]):
-            name = f"{row['task']} {row['metric']}, {fields['backend']}"
+            name = f"{row['task']} {row['metric']} ({fields['backend']})"
             kind = _kind(row["metric"])
             base[name] = Metric(row["base"], row["base_stderr"], kind)
             compressed[name] = Metric(row["compressed"], row["compressed_stderr"], kind)

@@ -84,12 +84,12 @@ def test_evaluation_has_one_metric_per_task(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     base, compressed = evaluation_measurements(path)
     assert (base.model, base.baseline) == ("base", None)
-    assert base.metrics["piqa acc_norm, hf"] == Metric(0.75, 0.01, "accuracy")
+    assert base.metrics["piqa acc_norm (hf)"] == Metric(0.75, 0.01, "accuracy")
     assert (compressed.model, compressed.baseline) == ("out", "base")
     assert compressed.metrics == {
-        "piqa acc_norm, hf": Metric(0.5, None, "accuracy"),
-        "text bits_per_byte, hf": Metric(1.5, None, "bits_per_byte"),
-        "gen f1,none, hf": Metric(0.5, None, "score"),
+        "piqa acc_norm (hf)": Metric(0.5, None, "accuracy"),
+        "text bits_per_byte (hf)": Metric(1.5, None, "bits_per_byte"),
+        "gen f1,none (hf)": Metric(0.5, None, "score"),
     }
     path.write_text(json.dumps({**content, "tasks": [{}]}))
     with pytest.raises(ValueError, match="not an evaluation"):
