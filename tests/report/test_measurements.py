@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+from nbl_modifier.cli.evaluate import RESULTS_FILE_NAME
+from nbl_modifier.evaluation.comparison import Comparison, Row
+from nbl_modifier.evaluation.scores import Score
 from nbl_modifier.report.measurements import (
+    EVALUATION_FILE_NAME,
     Measurement,
     Metric,
     benchmark_measurements,
@@ -72,15 +76,22 @@ def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> Non
 
 
 def test_evaluation_has_one_metric_per_task(tmp_path: Path) -> None:
-    row = {"task": "piqa", "metric": "acc_norm", "is_main": True}
-    row |= {"base": 0.75, "base_stderr": 0.01}
-    row |= {"compressed": 0.5, "compressed_stderr": None}
-    bits = row | {"task": "text", "metric": "bits_per_byte", "compressed": 1.5}
-    other = row | {"task": "gen", "metric": "f1,none"}
+    """As ``nbl evaluate`` writes it."""
+
+    def row(task: str, metric: str, value: float, is_main: bool = True) -> Row:
+        base, compressed = Score(0.75, 0.01, True), Score(value, None, True)
+        return Row(task, metric, 0, 500, is_main, base, compressed)
+
+    rows = (
+        row("piqa", "acc", 0.1, is_main=False),
+        row("piqa", "acc_norm", 0.5),
+        row("text", "bits_per_byte", 1.5),
+        row("gen", "f1,none", 0.25),
+    )
     content = {"format_version": 1, "checkpoint": "out", "baseline": "base"}
-    content |= {"backend": "hf", "limit": None, "average": None}
-    content["tasks"] = [row | {"metric": "acc", "is_main": False}, row, bits, other]
-    path = tmp_path / "nbl_evaluation.json"
+    content |= {"backend": "hf", "limit": None, **Comparison(rows).to_fields()}
+    path = tmp_path / RESULTS_FILE_NAME
+    assert path.name == EVALUATION_FILE_NAME
     path.write_text(json.dumps(content))
     base, compressed = evaluation_measurements(path)
     assert (base.model, base.baseline) == ("base", None)
@@ -89,7 +100,7 @@ def test_evaluation_has_one_metric_per_task(tmp_path: Path) -> None:
     assert compressed.metrics == {
         "piqa acc_norm (hf)": Metric(0.5, None, "accuracy"),
         "text bits_per_byte (hf)": Metric(1.5, None, "bits_per_byte"),
-        "gen f1,none (hf)": Metric(0.5, None, "score"),
+        "gen f1,none (hf)": Metric(0.25, None, "score"),
     }
     path.write_text(json.dumps({**content, "tasks": [{}]}))
     with pytest.raises(ValueError, match="not an evaluation"):
