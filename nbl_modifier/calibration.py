@@ -5,9 +5,11 @@ One calibration pass over the attention layers: hooks in, solved linear maps out
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,21 +30,31 @@ __all__ = ["Calibration", "Measurement"]
 @dataclass(frozen=True)
 class Measurement:
     """
-    How linear one attention layer is, in sample.
+    How linear one attention layer is.
 
     :param num_tokens: rows that the statistics were taken over
-    :param nmse: error of the linear map over the variance of the attention output
+    :param nmse: error of the linear map over the variance of the attention output, in
+        sample
+    :param expected_nmse: the same to be expected on new tokens, see
+        :func:`numerics.expected_nmse`; None if there are hardly more tokens than
+        dimensions
+    :param heldout_nmse: the same measured on held-out tokens; None if there are none
     :param residual_nmse: the same error over the variance of the residual stream after
         attention
     :param cca_bound: ``sum_i (1 - rho_i^2)``, arXiv:2505.21077, Algorithm 2
+    :param cosine: one minus the mean cosine similarity of the residual stream before
+        and after attention, dimensionless
     :param dampening_frac: dampening used, a fraction of the mean diagonal of C_xx
     :param seconds: spent on statistics and solve
     """
 
     num_tokens: int
     nmse: float
+    expected_nmse: float | None
+    heldout_nmse: float | None
     residual_nmse: float
     cca_bound: float
+    cosine: float
     dampening_frac: float
     seconds: float
 
@@ -68,18 +80,25 @@ class Calibration:
     :param criterion: the field of :class:`Measurement` that decides which replacements
         to keep
     :param keep: how many
+    :param held_out: numbers of the batches that are not fitted on, only measure the
+        error
+    :param streams: residual stream by batch, ``[batch, tokens, d]``, that the estimator
+        reads instead of the model's own. Its target becomes what leads from there to
+        the model's own stream behind the layer
     """
 
     def __init__(
         self,
-        layers: dict[int, nn.Module],
-        names: dict[int, str],
+        layers: Mapping[int, nn.Module],
+        names: Mapping[int, str],
         architecture: Architecture,
         *,
         spec: LinearizedLayer,
         dampening_frac: float,
         criterion: str,
         keep: int,
+        held_out: Collection[int] = (),
+        streams: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.measured: dict[int, Measurement] = {}
         self.replacements: dict[int, Replacement] = {}
@@ -91,9 +110,12 @@ class Calibration:
         self._dampening_frac = dampening_frac
         self._criterion = criterion
         self._keep = keep
+        self._held_out = held_out
+        self._streams = streams
         self._started_at = time.perf_counter()
         self._residuals: dict[int, tuple[int, Tensor]] = {}
         self._statistics: dict[int, LayerStatistics] = {}
+        self._heldout: dict[int, LayerStatistics] = {}
 
     @property
     def seconds(self) -> float:
@@ -104,13 +126,27 @@ class Calibration:
         """Return the criterion's value by layer index, lower is more linear."""
         return {i: getattr(m, self._criterion) for i, m in self.measured.items()}
 
-    def see_norm_input(
+    def watch(self, state: State, index: int, register: Callable[..., Any]) -> None:
+        """
+        Register the hooks that see one layer.
+
+        :param state: the session's; tells which batch is running
+        :param index: the decoder layer
+        :param register: ``HooksMixin.register_hook`` of who removes them again
+        """
+        if self._architecture.input_norm is not None:
+            norm = self._layers[index].get_submodule(self._architecture.input_norm)
+            register(norm, partial(self._see_norm_input, state, index), "forward_pre")
+        see = partial(self._see_attention, state, index)
+        register(self._attention(index), see, "forward", with_kwargs=True)
+
+    def _see_norm_input(
         self, state: State, index: int, _module: nn.Module, args: tuple[Any, ...]
     ) -> None:
         """Forward-pre hook on the input norm: keep the residual stream, R."""
         self._residuals[index] = (state.current_batch_idx, args[0])
 
-    def see_attention(
+    def _see_attention(
         self,
         state: State,
         index: int,
@@ -141,14 +177,26 @@ class Calibration:
         check_causal(name, module, mask)
         loss_mask = state.loss_masks[batch] if state.loss_masks else None
         valid = valid_tokens(normalized, mask, loss_mask)
-        if index not in self._statistics:
-            self._statistics[index] = LayerStatistics(
-                name, normalized.shape[-1], self._normalized, normalized.device
-            )
-        statistics = self._statistics[index]
         added = self._added_to_stream(index, output[0])
+        if self._streams is not None:
+            # without one the layer is the first, and its input is the model's own
+            stream = self._streams.get(batch, residual).to(residual.device)
+            # in float32: a difference of streams, far smaller than either
+            added = (residual.float() - stream.float()) + added.float()
+            residual, normalized = stream, self._normalize(index, stream)
+        statistics = self._statistics_of(index, batch, normalized)
         statistics.update(residual, normalized, added, valid)
         statistics.seconds += time.perf_counter() - started_at
+
+    def _statistics_of(self, index: int, batch: int, like: Tensor) -> LayerStatistics:
+        """Return what the rows of ``batch`` are added to: for the fit, or held out."""
+        held_out = batch in self._held_out
+        statistics = self._heldout if held_out else self._statistics
+        if index not in statistics:
+            statistics[index] = LayerStatistics(
+                self._names[index], like.shape[-1], self._normalized, like.device
+            )
+        return statistics[index]
 
     def _added_to_stream(self, index: int, output: Tensor) -> Tensor:
         """Return what attention's output of layer ``index`` adds to the stream."""
@@ -156,9 +204,6 @@ class Calibration:
         if post_norm is not None:
             output = self._layers[index].get_submodule(post_norm)(output)
         return output if scale == 1.0 else output * scale
-
-    def _attention(self, index: int) -> nn.Module:
-        return self._layers[index].get_submodule(self._architecture.attention)
 
     def _output_scale(self, index: int) -> float:
         scale = self._architecture.output_scale
@@ -175,9 +220,23 @@ class Calibration:
         finished = set(map(id, modules))
         for index in sorted(self._statistics):
             if id(self._attention(index)) in finished:
-                self._solve(index, self._statistics.pop(index))
+                heldout = self._heldout.pop(index, None)
+                self._solve(index, self._statistics.pop(index), heldout)
 
-    def _solve(self, index: int, statistics: LayerStatistics) -> None:
+    def _attention(self, index: int) -> nn.Module:
+        return self._layers[index].get_submodule(self._architecture.attention)
+
+    def _normalize(self, index: int, stream: Tensor) -> Tensor:
+        """Return what attention of layer ``index`` would read of ``stream``."""
+        if self._architecture.input_norm is None:
+            return stream
+        norm = self._layers[index].get_submodule(self._architecture.input_norm)
+        normalized: Tensor = norm.forward(stream)  # past the hooks on it
+        return normalized
+
+    def _solve(
+        self, index: int, statistics: LayerStatistics, heldout: LayerStatistics | None
+    ) -> None:
         started_at = time.perf_counter()
         name = self._names[index]
         check_num_tokens(name, statistics.num_tokens, statistics.hidden_size)
@@ -189,6 +248,10 @@ class Calibration:
                 fit = normalized
                 linear_map = numerics.solve_lmmse(fit, self._dampening_frac)
             nmse = numerics.nmse(fit, linear_map)
+            heldout_nmse = None
+            if heldout is not None:
+                residual, normalized = heldout.finalize()
+                heldout_nmse = numerics.nmse(normalized or residual, linear_map)
             # The layer goes on to scale what comes from the map, as it did attention.
             scale = self._output_scale(index)
             dtype = weight_dtype(self._attention(index))
@@ -201,11 +264,15 @@ class Calibration:
             raise type(err)(f"{name}: {err}") from err
         # The same error in another unit: only the variance it is divided by differs.
         variance_ratio = float(fit.var_y.sum()) / solution.residual_variance
+        expected = numerics.expected_nmse(nmse, fit.num_tokens, statistics.hidden_size)
         measurement = Measurement(
             num_tokens=fit.num_tokens,
             nmse=nmse,
+            expected_nmse=expected if math.isfinite(expected) else None,
+            heldout_nmse=heldout_nmse,
             residual_nmse=nmse * variance_ratio,
             cca_bound=solution.bound,
+            cosine=statistics.cosine_distance,
             dampening_frac=linear_map.dampening_frac,
             seconds=statistics.seconds + time.perf_counter() - started_at,
         )

@@ -84,6 +84,7 @@ class LayerStatistics:
         self.name = name
         self.hidden_size = hidden_size
         self.seconds = 0.0
+        self._cosine_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._residual = CovarianceAccumulator(hidden_size, hidden_size, device=device)
         self._normalized = (
             CovarianceAccumulator(
@@ -97,6 +98,15 @@ class LayerStatistics:
     def num_tokens(self) -> int:
         """Rows accumulated so far."""
         return self._residual.num_tokens
+
+    @property
+    def cosine_distance(self) -> float:
+        """
+        One minus the mean cosine similarity of R and R + A, dimensionless, in [0, 2].
+
+        What attention DROP ranks layers by: He et al., arXiv:2406.15786.
+        """
+        return 1.0 - float(self._cosine_sum) / self.num_tokens
 
     def update(
         self, residual: Tensor, normalized: Tensor, output: Tensor, valid: Tensor | None
@@ -118,6 +128,9 @@ class LayerStatistics:
             self._residual.update(residual, output)
             if self._normalized is not None:
                 self._normalized.update(normalized, output)
+            before, after = residual.float(), residual.float() + output.float()
+            cosine = torch.cosine_similarity(before, after, dim=-1)
+            self._cosine_sum += cosine.sum(dtype=torch.float64)
         except NonFiniteError as err:
             raise NonFiniteError(f"{self.name}: {err}") from err
 

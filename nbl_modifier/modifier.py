@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -25,6 +24,7 @@ from .hf.checkpoint import check_output_directory, convert_in_place
 from .hf.configuration_nbl import LinearizedLayer, NBLConfigMixin
 from .hf.modeling_nbl import decoder_layers
 from .preflight import (
+    CalibrationData,
     candidate_layers,
     check_calibration_data,
     check_input,
@@ -33,7 +33,8 @@ from .preflight import (
 from .report.provenance import collect_versions, utc_timestamp
 from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
 from .report.tables import ranking_table
-from .selection import choose_layers
+from .search import Outcome, find_replacements
+from .selection import Budget, count_layers, explain
 from .surgery import drop_restored_norms, replace
 from .upstream import (
     keep_causal_mask,
@@ -78,11 +79,25 @@ class NBLModifier(Modifier):
     :param kv_cache_reduction: the part of the base model's KV cache to free at least,
         in (0, 1], instead of ``num_layers``: of K layers, all alike, the best-ranked
         ``ceil(kv_cache_reduction * K)``, those of earlier runs included
+    :param max_nmse: replace only layers whose linear map has at most this NMSE on
+        held-out tokens; alone, all of them
+    :param max_perplexity_increase: replace layers, in the order of the ranking, as
+        long as perplexity on held-out windows is at most ``1 + this`` times the base
+        model's; both may be combined with ``num_layers`` or ``kv_cache_reduction``,
+        which is then the most to replace
     :param targets: names, ``re:`` patterns or class names of the attention modules that
         may be replaced; all of the decoder if not given
     :param ignore: the same, of attention modules to keep
     :param criterion: what layers are ranked by, lowest first: ``cca_bound`` (the
-        paper's) or ``nmse``, the unexplained part of the attention output's variance
+        paper's), ``nmse``, the unexplained part of the attention output's variance,
+        ``residual_nmse``, the same over the variance of the residual stream after
+        attention, ``cosine``, one minus the mean cosine similarity of the stream before
+        and after attention, or ``loss``, the increase of the mean negative
+        log-likelihood on held-out windows when that layer alone is replaced
+    :param selection: rank once (``one_shot``, the paper's), or again after each
+        replacement, on the partly linear model (``greedy``)
+    :param refit: fit the chosen layers again, in order of depth, to lead from the
+        linearized model's residual stream to the original one's
     :param input: what the linear layer reads: the ``residual`` stream (the paper's; the
         input norm is folded into the map and removed) or the output of the input norm
         (``normalized``)
@@ -93,9 +108,17 @@ class NBLModifier(Modifier):
     num_layers: int | None = Field(default=None, ge=1)
     layers: list[int] | None = None
     kv_cache_reduction: float | None = Field(default=None, gt=0.0, le=1.0)
+    max_nmse: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    max_perplexity_increase: float | None = Field(
+        default=None, ge=0.0, allow_inf_nan=False
+    )
     targets: list[str] | None = None
     ignore: list[str] = Field(default_factory=list)
-    criterion: Literal["cca_bound", "nmse"] = "cca_bound"
+    criterion: Literal["cca_bound", "nmse", "residual_nmse", "cosine", "loss"] = (
+        "cca_bound"
+    )
+    selection: Literal["one_shot", "greedy"] = "one_shot"
+    refit: bool = False
     input: Literal["residual", "normalized"] = "residual"
     dampening_frac: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
 
@@ -110,8 +133,9 @@ class NBLModifier(Modifier):
     _dataset_args: DatasetArguments | None = PrivateAttr(default=None)
     _propagate_error: bool = PrivateAttr(default=True)
     _generator_state: Tensor = PrivateAttr()
+    _data: CalibrationData | None = PrivateAttr(default=None)
     _num_samples: int = PrivateAttr(default=0)
-    _num_to_replace: int = PrivateAttr(default=0)
+    _budget: Budget = PrivateAttr()
     _calibration: Calibration | None = PrivateAttr(default=None)
     _report: NBLReport | None = PrivateAttr(default=None)
 
@@ -142,12 +166,20 @@ class NBLModifier(Modifier):
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
         ways = ("num_layers", "layers", "kv_cache_reduction")
+        limits = ("max_nmse", "max_perplexity_increase")
         given = [name for name in ways if getattr(self, name) is not None]
-        if len(given) != 1:
+        limiting = [name for name in limits if getattr(self, name) is not None]
+        if len(given) > 1 or not (given or limiting):
             raise ValueError(
                 "NBLModifier needs one of num_layers (how many attention layers to "
                 "replace), layers (which ones) and kv_cache_reduction (the part of the "
-                f"KV cache to free), got {' and '.join(given) or 'neither'}."
+                "KV cache to free), or a limit, max_nmse or max_perplexity_increase, "
+                f"got {' and '.join(given) or 'neither'}."
+            )
+        if self.layers is not None and limiting:
+            raise ValueError(
+                f"NBLModifier.layers says which layers to replace, so {limiting[0]} "
+                "cannot limit them. Give one of the two."
             )
         return self
 
@@ -176,9 +208,12 @@ class NBLModifier(Modifier):
             self._earlier = model.config.linearized_layers()
             self._earlier_report = saving.report_of(model)
         self._candidates = self._choose_from(model)
-        self._num_samples = check_calibration_data(
-            state.data.calib, model.config.hidden_size
+        data = check_calibration_data(
+            state.data.calib, model.config.hidden_size, self._holds_out
         )
+        self._num_samples = data.num_samples
+        if self._holds_out or self.refit or self.selection == "greedy":
+            self._data = data
         if oneshot is not None and oneshot.output_dir is not None:
             check_output_directory(oneshot.output_dir, self._architecture)
         keep_causal_mask()
@@ -203,24 +238,14 @@ class NBLModifier(Modifier):
         # The pipeline draws this pass's samples next. Later passes draw what they would
         # have drawn: on_calibration_end puts the generator back.
         self._generator_state = rewind_generator()
-        layers = decoder_layers(state.model, self._architecture)
-        self._calibration = Calibration(
-            {index: layers[index] for index in self._candidates},
-            self._candidates,
-            self._architecture,
-            spec=LinearizedLayer(input=self.input),
-            dampening_frac=self.dampening_frac,
-            criterion=self.criterion,
-            keep=self._num_to_replace,
+        # Any layer may turn out to be chosen, unless these scores alone decide.
+        all_of_them = self._holds_out or self.selection == "greedy"
+        self._calibration = self._new_calibration(
+            state.model,
+            len(self._candidates) if all_of_them else self._budget.num_layers,
         )
         for index in self._candidates:
-            see_norm = partial(self._calibration.see_norm_input, state, index)
-            see_attention = partial(self._calibration.see_attention, state, index)
-            attention = layers[index].get_submodule(self._architecture.attention)
-            if self._architecture.input_norm is not None:
-                norm = layers[index].get_submodule(self._architecture.input_norm)
-                self.register_hook(norm, see_norm, "forward_pre")
-            self.register_hook(attention, see_attention, "forward", with_kwargs=True)
+            self._calibration.watch(state, index, self.register_hook)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
@@ -257,15 +282,22 @@ class NBLModifier(Modifier):
                 "layer class, or leave it unset."
             )
         model: PreTrainedModel = state.model
-        report = self._report = self._make_report(model, calibration)
+        keep = len(self._candidates)
+        outcome = find_replacements(
+            state,
+            calibration,
+            partial(self._new_calibration, model, keep),
+            self._data,
+            self._architecture,
+            self._budget,
+            criterion=self.criterion,
+            greedy=self.selection == "greedy",
+            refit=self.refit,
+        )
+        report = self._report = self._make_report(model, calibration, outcome)
         logger.info("NBL ranking\n{}", ranking_table(report))
         layers = decoder_layers(model, self._architecture)
-        chosen = {
-            index: calibration.replacements[index]
-            for index in self._linearized
-            if index not in self._earlier
-        }
-        replace(layers, self._architecture, chosen)
+        replace(layers, self._architecture, outcome.replacements)
         # From here on the model must not be saved as what it no longer is, not even
         # if a later modifier fails.
         saving.publish(
@@ -328,68 +360,75 @@ class NBLModifier(Modifier):
     def _choose_from(self, model: PreTrainedModel) -> dict[int, str]:
         """Return the attention layers to measure, names by layer index."""
         found = candidate_layers(model, self._architecture, self.targets, self.ignore)
-        if self.layers is None:
-            self._num_to_replace = self._count_layers(model, len(found))
-            return found
-        missing = [index for index in self.layers if index not in found]
-        if missing:
-            raise ValueError(
-                f"NBLModifier.layers: {missing} are not among the attention layers to "
-                f"choose from, {sorted(found)}."
-            )
-        self._num_to_replace = len(self.layers)
-        return {index: found[index] for index in self.layers}
-
-    def _count_layers(self, model: PreTrainedModel, available: int) -> int:
-        """Return how many layers to replace of the ``available`` ones."""
-        if self.num_layers is not None:
-            if self.num_layers > available:
+        if self.layers is not None:
+            missing = [index for index in self.layers if index not in found]
+            if missing:
                 raise ValueError(
-                    f"NBLModifier.num_layers: there are {available} attention layers "
-                    f"to choose from, got {self.num_layers}. Use {available} or fewer."
+                    f"NBLModifier.layers: {missing} are not among the attention layers "
+                    f"to choose from, {sorted(found)}."
                 )
-            return self.num_layers
-        assert self.kv_cache_reduction is not None
-        total = len(decoder_layers(model, self._architecture))
-        # 0.1 * 30 is 3.0000000000000004 in binary; it asks for 3 layers.
-        wanted = math.ceil(self.kv_cache_reduction * total - 1e-9)
-        count = wanted - len(self._earlier)
-        if not 0 < count <= available:
-            raise ValueError(
-                f"NBLModifier.kv_cache_reduction: {self.kv_cache_reduction} takes "
-                f"{wanted} of {total} layers, of which {len(self._earlier)} are linear "
-                f"already and {available} can be chosen from. Use a value above "
-                f"{len(self._earlier) / total:.4g}, up to "
-                f"{(len(self._earlier) + available) / total:.4g}."
+            found = {index: found[index] for index in self.layers}
+            count, reason = len(found), "named in layers"
+        else:
+            count, reason = count_layers(
+                self.num_layers,
+                self.kv_cache_reduction,
+                total=len(decoder_layers(model, self._architecture)),
+                linear=len(self._earlier),
+                available=len(found),
             )
-        return count
+        self._budget = Budget(
+            count, reason, self.max_nmse, self.max_perplexity_increase
+        )
+        return found
+
+    @property
+    def _holds_out(self) -> bool:
+        """Whether something is measured on windows that are not fitted on."""
+        limits = (self.max_nmse, self.max_perplexity_increase)
+        return self.criterion == "loss" or any(limit is not None for limit in limits)
+
+    def _new_calibration(
+        self,
+        model: PreTrainedModel,
+        keep: int,
+        streams: Mapping[int, Tensor] | None = None,
+    ) -> Calibration:
+        layers = decoder_layers(model, self._architecture)
+        return Calibration(
+            {index: layers[index] for index in self._candidates},
+            self._candidates,
+            self._architecture,
+            spec=LinearizedLayer(input=self.input),
+            dampening_frac=self.dampening_frac,
+            criterion=self.criterion,
+            keep=keep,
+            held_out=self._data.held_out if self._data is not None else (),
+            streams=streams,
+        )
 
     def _make_report(
-        self, model: PreTrainedModel, calibration: Calibration
+        self, model: PreTrainedModel, calibration: Calibration, outcome: Outcome
     ) -> NBLReport:
-        scores = calibration.scores()
-        choices = choose_layers(
-            scores,
-            self.criterion,
-            num_layers=None if self.layers else self._num_to_replace,
-            layers=self.layers,
-            budget=(
-                f"kv_cache_reduction={self.kv_cache_reduction}"
-                if self.kv_cache_reduction is not None
-                else None
-            ),
-        )
+        measured = calibration.measured
         results = [
             LayerResult(
                 name=self._candidates[choice.index],
                 index=choice.index,
-                score=scores[choice.index],
+                score=outcome.scores[choice.index],
                 rank=choice.rank,
                 selected=choice.selected,
                 reason=choice.reason,
-                **dataclasses.asdict(calibration.measured[choice.index]),
+                loss=outcome.increases.get(choice.index),
+                **dataclasses.asdict(measured[choice.index]),
             )
-            for choice in choices
+            for choice in explain(
+                outcome.order,
+                outcome.replacements,
+                self.criterion,
+                outcome.binding,
+                outcome.unfit,
+            )
         ]
         return NBLReport(
             format_version=FORMAT_VERSION,
@@ -402,9 +441,7 @@ class NBLModifier(Modifier):
             num_hidden_layers=len(decoder_layers(model, self._architecture)),
             criterion=self.criterion,
             input=self.input,
-            selected_layers=sorted(
-                {*self._earlier, *(c.index for c in choices if c.selected)}
-            ),
+            selected_layers=sorted({*self._earlier, *outcome.replacements}),
             layers=results,
             num_calibration_samples=self._num_samples,
             num_tokens=max(result.num_tokens for result in results),
@@ -414,6 +451,10 @@ class NBLModifier(Modifier):
             versions=collect_versions(),
             created=utc_timestamp(),
             previous=self._earlier_report,
+            selection=self.selection,
+            refit=self.refit,
+            binding=outcome.binding,
+            heldout=outcome.heldout,
         )
 
     @property

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from compressed_tensors.utils import match_named_modules
 from loguru import logger
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, architecture_of
 from .hf.modeling_nbl import LinearizedAttention, decoder_layers
 from .upstream import rewind_generator
+from .windows import held_out_batches
 
 __all__ = [
+    "CalibrationData",
     "candidate_layers",
     "check_calibration_data",
     "check_input",
@@ -24,6 +28,21 @@ __all__ = [
 
 # Below this many tokens per dimension in-sample scores are visibly optimistic.
 _FEW_TOKENS_PER_DIMENSION = 10
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """
+    The calibration set.
+
+    :param batches: in the order in which the pass draws them
+    :param num_samples: sequences in all batches
+    :param held_out: numbers of the batches that are not to be fitted on
+    """
+
+    batches: list[Mapping[str, Tensor]]
+    num_samples: int
+    held_out: frozenset[int]
 
 
 def check_model(model: PreTrainedModel) -> Architecture:
@@ -127,40 +146,52 @@ def candidate_layers(
     return {index: name for index, name in names.items() if name in allowed}
 
 
-def check_calibration_data(batches: Iterable[Any] | None, hidden_size: int) -> int:
+def check_calibration_data(
+    batches: Iterable[Any] | None, hidden_size: int, hold_out: bool = False
+) -> CalibrationData:
     """
-    Return the number of calibration sequences.
+    Return what the calibration pass will draw.
 
     :param batches: the calibration dataloader
     :param hidden_size: d of the model, the dimension of the estimator's input
-    :raises ValueError: if there is no data, or not more tokens than ``hidden_size``
+    :param hold_out: whether a part of the batches is not to be fitted on
+    :raises ValueError: if there is no data, or not more tokens to fit on than
+        ``hidden_size``
     """
     remedy = "Pass dataset=… and num_calibration_samples=… to oneshot()."
     if batches is None:
         raise ValueError(f"NBLModifier needs calibration data, got none. {remedy}")
-    num_samples = num_tokens = 0
     # Iterating a shuffled loader draws from torch's generator; without the fork the
     # data of every later pass would depend on this check.
     with torch.random.fork_rng(devices=[]):
         rewind_generator()  # the samples that the calibration pass will draw
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            num_samples += batch["input_ids"].shape[0]
-            num_tokens += (
-                batch["input_ids"].numel() if mask is None else int(mask.sum())
-            )
-    if num_samples == 0:
+        drawn = list(batches)
+    sizes = [len(batch["input_ids"]) for batch in drawn]
+    if sum(sizes) == 0:
         raise ValueError(f"the calibration set is empty. {remedy}")
-    check_num_tokens("calibration set", num_tokens, hidden_size)
-    if num_tokens < _FEW_TOKENS_PER_DIMENSION * hidden_size:
+    held_out = held_out_batches(sizes) if hold_out else frozenset[int]()
+    tokens = sum(
+        _count_tokens(batch) for i, batch in enumerate(drawn) if i not in held_out
+    )
+    check_num_tokens(
+        "part of the calibration set to fit on" if hold_out else "calibration set",
+        tokens,
+        hidden_size,
+    )
+    if tokens < _FEW_TOKENS_PER_DIMENSION * hidden_size:
         logger.warning(
             "{} calibration tokens for hidden_size {}: the measured errors will be "
             "optimistic; use {} or more",
-            num_tokens,
+            tokens,
             hidden_size,
             _FEW_TOKENS_PER_DIMENSION * hidden_size,
         )
-    return num_samples
+    return CalibrationData(drawn, sum(sizes), held_out)
+
+
+def _count_tokens(batch: Mapping[str, Tensor]) -> int:
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def check_num_tokens(subject: str, num_tokens: int, hidden_size: int) -> None:

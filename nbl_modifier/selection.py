@@ -1,11 +1,31 @@
-"""Which layers to linearize, and why. Standard library only."""
+"""Which layers to replace: how many, and why each one. Standard library only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Choice", "choose_layers"]
+__all__ = ["Budget", "Choice", "count_layers", "explain"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    When to stop replacing layers: at the first limit that is reached.
+
+    :param num_layers: how many layers to replace at most
+    :param reason: where ``num_layers`` comes from, in words
+    :param max_nmse: largest error of a linear map that may be used, over the variance
+        of what it replaces, on held-out tokens
+    :param max_perplexity_increase: largest increase of perplexity on held-out windows,
+        over the perplexity of the model before
+    """
+
+    num_layers: int
+    reason: str
+    max_nmse: float | None = None
+    max_perplexity_increase: float | None = None
 
 
 @dataclass(frozen=True)
@@ -14,8 +34,8 @@ class Choice:
     What was decided about one layer.
 
     :param index: decoder layer
-    :param rank: place in the ranking, 1 is linearized first
-    :param selected: whether it is linearized
+    :param rank: place in the ranking, 1 is replaced first
+    :param selected: whether it is replaced
     :param reason: the decision in words, for logs and reports
     """
 
@@ -25,51 +45,70 @@ class Choice:
     reason: str
 
 
-def choose_layers(
-    scores: Mapping[int, float],
+def explain(
+    order: Sequence[int],
+    selected: Collection[int],
     criterion: str,
-    *,
-    num_layers: int | None = None,
-    layers: Sequence[int] | None = None,
-    budget: str | None = None,
+    binding: str,
+    unfit: Mapping[int, str],
 ) -> list[Choice]:
     """
-    Rank layers by ascending score and choose the first ``num_layers``, or ``layers``.
+    Return what was decided about each layer, and why.
 
-    One-shot selection, NBL, arXiv:2505.21077, Algorithm 1. Equal scores are ranked by
-    index, so that the choice is the same in every run.
-
-    :param scores: score by decoder layer index, dimensionless, lower is linearized
-        earlier
-    :param criterion: name of the score, for the reasons
-    :param num_layers: how many to choose
-    :param layers: the layers to choose, whatever their rank
-    :param budget: what ``num_layers`` follows from, for the reasons
+    :param order: all candidates, the first to be replaced in front
+    :param selected: those that are replaced
+    :param criterion: name of what they were ranked by
+    :param binding: the limit that ended the choice, in words
+    :param unfit: why a layer could not be chosen whatever its rank, by index
     :return: one choice per layer, by rank
-    :raises ValueError: if not exactly one of ``num_layers`` and ``layers`` is given, or
-        it asks for layers without a score
     """
-    if (num_layers is None) == (layers is None):
-        raise ValueError("choose_layers: give exactly one of num_layers and layers.")
-    missing = sorted(set(layers or ()) - set(scores))
-    if missing or (num_layers or 0) > len(scores):
-        raise ValueError(
-            f"choose_layers: asked for num_layers={num_layers}, layers={layers}, but "
-            f"only layers {sorted(scores)} have a score."
+    return [
+        Choice(
+            index,
+            rank,
+            index in selected,
+            f"rank {rank} of {len(order)} by {criterion}, {unfit.get(index, binding)}",
         )
-    order = sorted(scores, key=lambda index: (scores[index], index))
-    choices = []
-    for rank, index in enumerate(order, start=1):
-        place = f"rank {rank} of {len(order)} by {criterion}"
-        if num_layers is None:
-            selected = index in (layers or ())
-            reason = (
-                f"named in layers ({place})" if selected else f"not in layers ({place})"
+        for rank, index in enumerate(order, start=1)
+    ]
+
+
+def count_layers(
+    num_layers: int | None,
+    kv_cache_reduction: float | None,
+    *,
+    total: int,
+    linear: int,
+    available: int,
+) -> tuple[int, str]:
+    """
+    Return how many layers to replace at most, and in words why.
+
+    :param num_layers: asked for
+    :param kv_cache_reduction: part of the KV cache to free instead, in (0, 1]; layers
+        are taken to be alike. Without either: all that are available
+    :param total: decoder layers of the model
+    :param linear: of these, those that are linear already
+    :param available: of these, those to choose from
+    :raises ValueError: naming the recipe's field, if there are not so many
+    """
+    if num_layers is not None:
+        if num_layers > available:
+            raise ValueError(
+                f"NBLModifier.num_layers: there are {available} attention layers "
+                f"to choose from, got {num_layers}. Use {available} or fewer."
             )
-        else:
-            selected = rank <= num_layers
-            reason = f"{place}, num_layers={num_layers}"
-            if budget is not None:
-                reason += f" from {budget}"
-        choices.append(Choice(index, rank, selected, reason))
-    return choices
+        return num_layers, f"num_layers={num_layers}"
+    if kv_cache_reduction is None:
+        return available, f"all {available} candidates"
+    # 0.1 * 30 is 3.0000000000000004 in binary; it asks for 3 layers.
+    wanted = math.ceil(kv_cache_reduction * total - 1e-9)
+    count = wanted - linear
+    if not 0 < count <= available:
+        raise ValueError(
+            f"NBLModifier.kv_cache_reduction: {kv_cache_reduction} takes {wanted} of "
+            f"{total} layers, of which {linear} are linear already and {available} can "
+            f"be chosen from. Use a value above {linear / total:.4g}, up to "
+            f"{(linear + available) / total:.4g}."
+        )
+    return count, f"num_layers={count} from kv_cache_reduction={kv_cache_reduction}"

@@ -42,10 +42,24 @@ LAYERS = {
         " yaml vllm lm_eval",
     ),
     "modifier": Layer(
-        ours="calibration composition saving smoothing preflight surgery upstream"
-        " report hf architectures selection",
+        ours="search calibration composition saving smoothing preflight surgery"
+        " upstream report hf architectures selection",
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
+    "search": Layer(
+        ours="passes trials calibration forward preflight surgery windows evaluation"
+        " report architectures selection",
+        packages="llmcompressor torch",
+    ),
+    "passes": Layer(
+        ours="calibration forward surgery windows architectures",
+        packages="llmcompressor torch tqdm",
+    ),
+    "trials": Layer(
+        ours="forward surgery windows evaluation architectures",
+        packages="torch tqdm",
+    ),
+    "forward": Layer(ours="windows hf architectures", packages="torch transformers"),
     "calibration": Layer(
         ours="capture preflight surgery hf architectures numerics",
         packages="llmcompressor loguru torch",
@@ -63,11 +77,12 @@ LAYERS = {
         packages="llmcompressor compressed_tensors torch",
     ),
     "preflight": Layer(
-        ours="upstream hf architectures",
+        ours="windows upstream hf architectures",
         packages="compressed_tensors loguru torch transformers",
     ),
     "fitting": Layer(ours="surgery hf architectures numerics", packages="torch"),
     "surgery": Layer(ours="hf architectures", packages="compressed_tensors torch"),
+    "windows": Layer(packages="torch"),
     "upstream": Layer(
         ours="architectures", packages="llmcompressor torch transformers"
     ),

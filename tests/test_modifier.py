@@ -350,6 +350,8 @@ def test_saved_recipe_replays(rows: Dataset, tmp_path: Path) -> None:
         "targets": ["LlamaAttention"],
         "ignore": ["re:.*layers.0.*"],
         "criterion": "nmse",
+        "selection": "one_shot",
+        "refit": False,
         "input": "normalized",
         "dampening_frac": 0.01,
     }

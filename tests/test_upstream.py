@@ -80,13 +80,13 @@ def test_attention_is_causal_in_calibration(
     family: str,
 ) -> None:
     seen: dict[int, list[Tensor]] = {}
-    original = Calibration.see_attention
+    original = Calibration._see_attention
 
     def record(self: Any, state: Any, index: int, *args: Any) -> None:
         seen.setdefault(index, []).append(args[-1][0][0])
         original(self, state, index, *args)
 
-    monkeypatch.setattr(Calibration, "see_attention", record)
+    monkeypatch.setattr(Calibration, "_see_attention", record)
     expected = plain_outputs(load(tiny_models(family)), rows)
     watch = Watch()
     # Layer 3 is last: what the later modifier sees before it is the base model's.

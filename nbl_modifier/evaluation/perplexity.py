@@ -58,7 +58,7 @@ class PerplexityResult:
             )
         pairs = zip(self.window_nlls, baseline.window_nlls, strict=True)
         differences = [nll - other for nll, other in pairs]
-        paired = _summarize(differences, list(self.window_tokens))
+        paired = summarize(differences, list(self.window_tokens))
         return paired.perplexity, paired.perplexity * paired.nll_standard_error
 
 
@@ -98,7 +98,7 @@ def perplexity(
             batch = rows[start : start + batch_size]
             nll_sums += _nll_sums(model, batch, device)
             counts += [len(row) - 1 for row in batch]
-    return _summarize(nll_sums, counts)
+    return summarize(nll_sums, counts)
 
 
 def _input_device(model: PreTrainedModel) -> torch.device:
@@ -138,8 +138,13 @@ def _nll_sums(
     return sums
 
 
-def _summarize(nll_sums: list[float], counts: list[int]) -> PerplexityResult:
-    """Return mean and the standard error of a ratio of sums over windows."""
+def summarize(nll_sums: list[float], counts: list[int]) -> PerplexityResult:
+    """
+    Return the perplexity over windows, and the standard error of a ratio of sums.
+
+    :param nll_sums: negative log-likelihood of each window in nats, summed
+    :param counts: predicted tokens of each window, at least one in all
+    """
     num_tokens = sum(counts)
     mean = math.fsum(nll_sums) / num_tokens
     squares = math.fsum(

@@ -7,7 +7,7 @@ only: no transformers, no llmcompressor, no logging.
 from .attention import AttentionSolution, solve_attention
 from .cca import canonical_correlations, nmse_bound
 from .covariance import CovarianceAccumulator
-from .lmmse import LinearMap, mse, nmse, solve_lmmse
+from .lmmse import LinearMap, expected_nmse, mse, nmse, solve_lmmse
 from .psd import DampedCholesky, damped_cholesky
 from .reduced_rank import LowRankMap, reduce_rank
 from .stats import CovarianceStats, NonFiniteError
@@ -23,6 +23,7 @@ __all__ = [
     "NonFiniteError",
     "canonical_correlations",
     "damped_cholesky",
+    "expected_nmse",
     "mse",
     "nmse",
     "nmse_bound",

@@ -137,3 +137,26 @@ def nmse(stats: CovarianceStats, linear_map: LinearMap) -> float:
     if total == 0.0:
         return 0.0 if error == 0.0 else float("inf")
     return error / total
+
+
+def expected_nmse(in_sample: float, num_tokens: int, d_in: int) -> float:
+    """
+    Return the NMSE to expect on new tokens of a map that was fitted on ``num_tokens``.
+
+    A fit follows the noise of its own sample. For independent Gaussian rows this is
+    undone by ``(n - 1) / (n - d - 1) * (n - 2) / (n - d - 2) * (n + 1) / n``: Stein
+    1960, "Multiple regression"; Darlington 1968, Psychological Bulletin 69(3), as the
+    cross-validated ``1 - R^2``.
+
+    Note: neighbouring tokens are not independent, so the true error is somewhat larger
+    still; held-out tokens measure it.
+
+    :param in_sample: NMSE over the tokens of the fit
+    :param num_tokens: n
+    :param d_in: d
+    :return: dimensionless; infinite if ``num_tokens <= d_in + 2``
+    """
+    n, d = num_tokens, d_in
+    if n <= d + 2:
+        return math.inf
+    return in_sample * (n - 1) / (n - d - 1) * (n - 2) / (n - d - 2) * (n + 1) / n

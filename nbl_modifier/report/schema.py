@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Self
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REPORT_FILE_NAME = "nbl_report.json"
 
 
@@ -23,7 +23,7 @@ class LayerResult:
     :param index: number of the decoder layer, from 0
     :param num_tokens: unmasked rows the statistics were taken over
     :param nmse: error of the linear map over the variance of the attention
-        output, dimensionless; 0 is exact, 1 is no better than its mean
+        output, in sample, dimensionless; 0 is exact, 1 is no better than its mean
     :param residual_nmse: the same error over the variance of the residual stream
         after the layer (input + attention output), dimensionless
     :param cca_bound: ``sum_i (1 - rho_i^2)`` between the residual stream before
@@ -38,6 +38,13 @@ class LayerResult:
     :param seconds: time spent on statistics and solve for this layer
     :param canonical_correlations: quantiles of the rho_i, evenly spaced from the least
         to the greatest, None where they were not asked for
+    :param expected_nmse: ``nmse`` to be expected on new tokens, by degrees of freedom;
+        None if there are hardly more tokens than dimensions
+    :param heldout_nmse: the same measured on held-out tokens, if there are any
+    :param cosine: one minus the mean cosine similarity of the residual stream before
+        and after attention, dimensionless
+    :param loss: increase of the mean negative log-likelihood on held-out windows when
+        this layer alone is replaced, nats per token, if measured
     """
 
     name: str
@@ -53,6 +60,33 @@ class LayerResult:
     reason: str
     seconds: float
     canonical_correlations: list[float] | None = None
+    expected_nmse: float | None = None
+    heldout_nmse: float | None = None
+    cosine: float | None = None
+    loss: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldoutResult:
+    """
+    Perplexity on calibration windows that nothing was fitted on.
+
+    Layers were chosen by it, so it is better than the perplexity on other text.
+
+    :param num_windows: windows held out
+    :param num_tokens: predicted tokens in them
+    :param base: of the model before
+    :param path: after each layer in the order of the ranking, where measured
+    :param replaced: with all chosen layers replaced
+    :param refitted: the same after the refit, if there was one
+    """
+
+    num_windows: int
+    num_tokens: int
+    base: float
+    path: list[float | None]
+    replaced: float
+    refitted: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +98,7 @@ class NBLReport:
     :param model: name or path of the model that was compressed
     :param model_type: its ``model_type`` before compression, such as ``llama``
     :param num_hidden_layers: decoder layers in the model (K)
-    :param criterion: ``cca_bound`` or ``nmse``, what layers were ranked by
+    :param criterion: what layers were ranked by, a field of their results
     :param input: ``residual`` or ``normalized``, what the linear maps read
     :param selected_layers: indices of the replaced attention layers, ascending, those
         of earlier runs included
@@ -79,6 +113,10 @@ class NBLReport:
     :param evaluation: figure name to value, such as ``perplexity base``
     :param previous: report of the run that this one started from, if the model was
         linearized already
+    :param selection: ``one_shot`` or ``greedy``
+    :param refit: whether the chosen layers were fitted again, on each other's output
+    :param binding: the limit that ended the choice, in words
+    :param heldout: perplexities on held-out windows, if there were any
     """
 
     format_version: int
@@ -98,6 +136,10 @@ class NBLReport:
     created: str
     evaluation: dict[str, float] | None = None
     previous: NBLReport | None = None
+    selection: str = "one_shot"
+    refit: bool = False
+    binding: str | None = None
+    heldout: HeldoutResult | None = None
 
     @property
     def num_replaced(self) -> int:
@@ -144,7 +186,11 @@ class NBLReport:
         previous = fields.pop("previous", None)
         if previous is not None:
             previous = cls._from_fields(previous)
-        built: Self = _build(cls, {**fields, "layers": layers, "previous": previous})
+        heldout = fields.pop("heldout", None)
+        if heldout is not None:
+            heldout = _build(HeldoutResult, heldout)
+        nested = {"layers": layers, "previous": previous, "heldout": heldout}
+        built: Self = _build(cls, {**fields, **nested})
         return built
 
     def save(self, path: str | os.PathLike[str]) -> None:

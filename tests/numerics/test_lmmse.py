@@ -11,6 +11,7 @@ from nbl_modifier.numerics import (
     LinearMap,
     NonFiniteError,
     damped_cholesky,
+    expected_nmse,
     mse,
     nmse,
     solve_lmmse,
@@ -238,3 +239,30 @@ def test_wrong_maps() -> None:
         mse(stats, dataclasses.replace(best, weight=best.weight / 0.0))
     with pytest.raises(ValueError, match="got -1.0"):
         solve_lmmse(stats, -1.0)
+
+
+@pytest.mark.parametrize(("num_tokens", "d_in"), [(60, 20), (300, 10), (40, 20)])
+def test_expected_error_is_that_on_new_tokens(num_tokens: int, d_in: int) -> None:
+    """Over many fits of noise, the mean error on new rows is what is expected."""
+    rng = np.random.default_rng(0)
+    slope = rng.standard_normal((3, d_in)) / d_in**0.5
+    expected, actual = [], []
+    for _ in range(400):
+        X = rng.standard_normal((num_tokens, d_in))
+        Y = X @ slope.T + rng.standard_normal((num_tokens, 3))
+        stats = stats_of(X, Y)
+        linear_map = solve_lmmse(stats)
+        expected.append(expected_nmse(mse(stats, linear_map), num_tokens, d_in))
+        # of new rows: the noise's variance and that of the map's error
+        error = linear_map.weight.numpy() - slope
+        bias = float(linear_map.bias.square().sum())
+        actual.append(3 + np.sum(error**2) + bias)
+    # In sample the error is too small by a factor of 1.07 (300 tokens) to 4.
+    spread = np.hypot(np.std(expected), np.std(actual)) / 20  # of a mean of 400
+    assert spread < 0.02 * np.mean(actual)
+    assert abs(np.mean(expected) - np.mean(actual)) < 3 * spread
+
+
+def test_nothing_can_be_expected_of_a_fit_without_spare_tokens() -> None:
+    assert expected_nmse(0.1, 22, 20) == np.inf
+    assert np.isfinite(expected_nmse(0.1, 23, 20))

@@ -39,7 +39,7 @@ def test_derived_values() -> None:
 
 def test_newer_format_is_refused_with_the_remedy() -> None:
     text = make_report(format_version=FORMAT_VERSION + 1).to_json()
-    with pytest.raises(ValueError, match=r"format_version is 2.*pip install --upgrade"):
+    with pytest.raises(ValueError, match=r"format_version is 3.*pip install --upgrade"):
         NBLReport.from_json(text)
 
 

@@ -1,0 +1,140 @@
+"""
+Forward passes of a live model, from one decoder layer to another.
+
+The model's own forward runs, so masks, positions and whatever else a family computes
+around its layers are the model's: layers outside of the wanted part only hand on what
+they are given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .architectures import Architecture
+from .hf.modeling_nbl import decoder_layers
+from .windows import Batch
+
+__all__ = ["PartialForward"]
+
+
+class PartialForward:
+    """
+    The decoder of a causal language model, to be run in parts.
+
+    ``start`` and ``stop`` are decoder layer indices as in a slice. Layers may be
+    exchanged between two calls, and hooks on the layers that run see them.
+
+    :param model: the causal language model, weights on any device or offloaded
+    :param architecture: its family
+    """
+
+    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+        self.layers = decoder_layers(model, architecture)
+        self._model = model
+
+    def hidden_states(
+        self,
+        batch: Batch,
+        stop: int,
+        hidden_states: Tensor | None = None,
+        start: int = 0,
+    ) -> Tensor | None:
+        """
+        Return the residual stream in front of layer ``stop``, behind ``stop - 1``.
+
+        The final norm and the head run on it, too, for nothing: inside a calibration
+        pass, where llm-compressor has moved the head to the meta device, they are free.
+
+        :param batch: what the model is called with
+        :param stop: the first layer not to run, ``>= start``
+        :param hidden_states: the stream in front of ``start``, ``[batch, tokens, d]``;
+            None: the embeddings, ``start`` is 0
+        :param start: the first layer to run
+        :return: ``[batch, tokens, d]``, or ``hidden_states`` itself if no layer runs
+        """
+        if start == stop:
+            return hidden_states
+        seen: list[Tensor] = []
+        handle = self.layers[stop - 1].register_forward_hook(
+            lambda _module, _args, output: seen.append(output)
+        )
+        try:
+            with (
+                self._skipping(range(start), hidden_states),
+                self._skipping(range(stop, len(self.layers)), None),
+            ):
+                self._call(batch)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def logits(
+        self, batch: Batch, hidden_states: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """
+        Return the logits, ``[batch, tokens, vocabulary]``, in the dtype of the model.
+
+        llm-compressor keeps the head on the meta device while it calibrates
+        (llmcompressor 0.14.0.1, utils/helpers.py, ``disable_lm_head``); it computes
+        here.
+
+        :param batch: what the model is called with
+        :param hidden_states: as in :meth:`hidden_states`
+        :param start: the first layer to run
+        """
+        head = self._model.get_output_embeddings()
+        with (
+            _calling(head, type(head).forward.__get__(head)),
+            self._skipping(range(start), hidden_states),
+        ):
+            logits: Tensor = self._call(batch).logits
+        return logits
+
+    def _call(self, batch: Batch) -> Any:
+        device = self._device
+        with torch.no_grad():
+            return self._model(
+                **{name: values.to(device) for name, values in batch.items()},
+                use_cache=False,
+            )
+
+    @property
+    def _device(self) -> torch.device:
+        # of an offloaded weight, access gives the copy on the device that computes
+        weight: Tensor = self._model.get_input_embeddings().get_parameter("weight")
+        return weight.device
+
+    @contextmanager
+    def _skipping(
+        self, indices: Iterable[int], hidden_states: Tensor | None
+    ) -> Iterator[None]:
+        """Let layers return ``hidden_states``, or what they get if that is None."""
+
+        def skip(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            return hidden if hidden_states is None else hidden_states.to(hidden.device)
+
+        with ExitStack() as stack:
+            for index in indices:
+                stack.enter_context(_calling(self.layers[index], skip))
+            yield
+
+
+@contextmanager
+def _calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's forward; unlike an assignment, leave no trace of it after."""
+    attributes = vars(module)
+    before = attributes.get("forward")
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del attributes["forward"]
+        else:
+            attributes["forward"] = before

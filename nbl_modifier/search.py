@@ -1,0 +1,310 @@
+"""
+Which layers to replace: paths through the candidates, and the budgets that end them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from llmcompressor.core import State
+from llmcompressor.utils.helpers import calibration_forward_context
+from torch import Tensor
+
+from .architectures import Architecture
+from .calibration import Calibration
+from .evaluation.perplexity import PerplexityResult
+from .forward import PartialForward
+from .passes import Passes
+from .preflight import CalibrationData
+from .report.schema import HeldoutResult
+from .selection import Budget
+from .surgery import Replacement
+from .trials import Trials
+from .windows import Windows
+
+__all__ = ["Outcome", "Search", "find_replacements"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """
+    One layer on the path.
+
+    :param index: decoder layer
+    :param replacement: what replaces it
+    :param loss: of the model with this step and those before it, where measured
+    """
+
+    index: int
+    replacement: Replacement
+    loss: PerplexityResult | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    What a search found.
+
+    :param order: all candidates, the first to be replaced in front
+    :param scores: what they were ranked by; of a chosen layer when it was chosen, of
+        the others at the end
+    :param replacements: of the layers to replace, by decoder layer index
+    :param binding: the limit that ended the path, in words
+    :param unfit: why a layer could not be chosen whatever its rank, by index
+    :param increases: increase of the mean negative log-likelihood on held-out windows,
+        in nats per token, with one layer replaced alone, by decoder layer index
+    :param heldout: perplexities on held-out windows, if there are any
+    """
+
+    order: list[int]
+    scores: dict[int, float]
+    replacements: dict[int, Replacement]
+    binding: str
+    unfit: dict[int, str]
+    increases: dict[int, float]
+    heldout: HeldoutResult | None
+
+
+class Search:
+    """
+    Rank candidates and take the best ones until the budget is used up.
+
+    :param criterion: a field of :class:`Measurement`, or ``loss``: the increase of the
+        mean negative log-likelihood on held-out windows, in nats per token
+    :param budget: when to stop
+    :param trials: losses on held-out windows; None if neither criterion nor budget asks
+    """
+
+    def __init__(
+        self, criterion: str, budget: Budget, trials: Trials | None = None
+    ) -> None:
+        self._criterion = criterion
+        self._budget = budget
+        self._trials = trials
+        self._base = None if trials is None else trials.loss()
+
+    def one_shot(self, calibration: Calibration) -> Outcome:
+        """
+        Rank once: NBL, arXiv:2505.21077, Algorithm 1.
+
+        :param calibration: of all candidates, on the original model
+        """
+        losses = self._losses(calibration)
+        scores = self._scores(calibration, losses, self._base)
+        order = sorted(scores, key=lambda index: (scores[index], index))
+        unfit = self._unfit(calibration)
+        steps = (
+            Step(index, calibration.replacements[index])
+            for index in order
+            if index not in unfit
+        )
+        taken, binding = self._walk(steps, calibration)
+        return self._outcome(order, scores, taken, binding, unfit, losses)
+
+    def greedy(self, calibration: Calibration, passes: Passes) -> Outcome:
+        """
+        Rank again after each replacement, on the partly linear model: paper's F.4.
+
+        :param calibration: of all candidates, on the original model
+        :param passes: measure the candidates that are left
+        """
+        first = self._losses(calibration)
+        scores = self._scores(calibration, first, self._base)
+        chosen: dict[int, Replacement] = {}
+        unfit: dict[int, str] = {}
+
+        def steps() -> Iterator[Step]:
+            now, losses = calibration, first
+            while True:
+                left = scores.keys() - chosen
+                unfit.clear()
+                unfit.update(self._unfit(now))
+                if left <= unfit.keys():
+                    return
+                best = min(left - unfit.keys(), key=lambda i: (scores[i], i))
+                loss = losses.get(best)
+                yield Step(best, now.replacements[best], loss)
+                chosen[best] = now.replacements[best]
+                with passes.replaced(chosen):
+                    now = passes.estimate(left - {best})
+                    losses = self._losses(now)
+                scores.update(self._scores(now, losses, loss))
+
+        taken, binding = self._walk(steps(), calibration)
+        order = [step.index for step in taken]
+        order += sorted(scores.keys() - order, key=lambda i: (scores[i], i))
+        return self._outcome(order, scores, taken, binding, unfit, first)
+
+    def refit(self, outcome: Outcome, passes: Passes) -> Outcome:
+        """
+        Return the same choice with refitted replacements, see :meth:`Passes.refit`.
+
+        :param outcome: of this search
+        :param passes: over the calibration windows
+        """
+        replacements = passes.refit(outcome.replacements).replacements
+        heldout = outcome.heldout
+        if heldout is not None and self._trials is not None:
+            refitted = self._trials.loss(replacements).perplexity
+            heldout = replace(heldout, refitted=refitted)
+        return replace(outcome, replacements=replacements, heldout=heldout)
+
+    def _outcome(
+        self,
+        order: list[int],
+        scores: dict[int, float],
+        taken: Sequence[Step],
+        binding: str,
+        unfit: dict[int, str],
+        losses: Mapping[int, PerplexityResult],
+    ) -> Outcome:
+        replacements = {step.index: step.replacement for step in taken}
+        increases, heldout = {}, None
+        if self._base is not None and self._trials is not None:
+            increases = {
+                i: loss.nll_mean - self._base.nll_mean for i, loss in losses.items()
+            }
+            final = taken[-1].loss or self._trials.loss(replacements)
+            path = [step.loss.perplexity if step.loss else None for step in taken]
+            heldout = HeldoutResult(
+                num_windows=len(self._base.window_tokens),
+                num_tokens=self._base.num_tokens,
+                base=self._base.perplexity,
+                path=path,
+                replaced=final.perplexity,
+            )
+        return Outcome(order, scores, replacements, binding, unfit, increases, heldout)
+
+    def _losses(self, calibration: Calibration) -> dict[int, PerplexityResult]:
+        if self._criterion != "loss":
+            return {}
+        assert self._trials is not None
+        return self._trials.single_losses(calibration.replacements)
+
+    def _scores(
+        self,
+        calibration: Calibration,
+        losses: Mapping[int, PerplexityResult],
+        before: PerplexityResult | None,
+    ) -> dict[int, float]:
+        if self._criterion != "loss":
+            return calibration.scores()
+        assert before is not None
+        return {i: loss.nll_mean - before.nll_mean for i, loss in losses.items()}
+
+    def _unfit(self, calibration: Calibration) -> dict[int, str]:
+        """Return why layers cannot be chosen, of those that cannot."""
+        limit, unfit = self._budget.max_nmse, {}
+        for index, measurement in calibration.measured.items():
+            nmse = measurement.heldout_nmse
+            if limit is not None and nmse is not None and nmse > limit:
+                unfit[index] = f"held-out NMSE {nmse:.4g} > max_nmse={limit}"
+        return unfit
+
+    def _walk(
+        self, steps: Iterator[Step], calibration: Calibration
+    ) -> tuple[list[Step], str]:
+        """
+        Take steps as long as the budget lasts.
+
+        :return: the steps taken, and what ended them
+        """
+        budget, taken = self._budget, list[Step]()
+        while len(taken) < budget.num_layers:
+            step = next(steps, None)
+            if step is None:
+                if not taken:
+                    raise self._none_fits_nmse(calibration)
+                return taken, f"max_nmse={budget.max_nmse}"
+            if budget.max_perplexity_increase is not None:
+                step = self._measured(step, taken)
+                if self._increase(step) > budget.max_perplexity_increase:
+                    if not taken:
+                        raise self._none_fits_perplexity(step)
+                    return taken, (
+                        f"max_perplexity_increase={budget.max_perplexity_increase} "
+                        f"({self._increase(step):.4g} with layer {step.index})"
+                    )
+            taken.append(step)
+        return taken, budget.reason
+
+    def _measured(self, step: Step, taken: Sequence[Step]) -> Step:
+        """Return the step with its loss."""
+        if step.loss is not None:
+            return step
+        assert self._trials is not None
+        trial = {s.index: s.replacement for s in (*taken, step)}
+        return replace(step, loss=self._trials.loss(trial))
+
+    def _increase(self, step: Step) -> float:
+        """Return the increase of perplexity over the base model's, as a fraction."""
+        assert step.loss is not None
+        assert self._base is not None
+        return math.expm1(step.loss.nll_mean - self._base.nll_mean)
+
+    def _none_fits_nmse(self, calibration: Calibration) -> ValueError:
+        errors = {
+            i: m.heldout_nmse
+            for i, m in calibration.measured.items()
+            if m.heldout_nmse is not None
+        }
+        best = min(errors, key=lambda index: (errors[index], index))
+        return ValueError(
+            f"NBLModifier.max_nmse: no layer fits the budget {self._budget.max_nmse}; "
+            f"the lowest NMSE on held-out tokens is {errors[best]:.4g}, of layer "
+            f"{best}. Allow at least that, or give num_layers instead."
+        )
+
+    def _none_fits_perplexity(self, step: Step) -> ValueError:
+        return ValueError(
+            "NBLModifier.max_perplexity_increase: no layer fits the budget "
+            f"{self._budget.max_perplexity_increase}; replacing the first one by "
+            f"{self._criterion}, layer {step.index}, raises perplexity on held-out "
+            f"windows by {self._increase(step):.4g} times the base model's. Allow at "
+            "least that, choose another criterion, or give num_layers instead."
+        )
+
+
+def find_replacements(
+    state: State,
+    calibration: Calibration,
+    new_calibration: Callable[[Mapping[int, Tensor] | None], Calibration],
+    data: CalibrationData | None,
+    architecture: Architecture,
+    budget: Budget,
+    *,
+    criterion: str,
+    greedy: bool,
+    refit: bool,
+) -> Outcome:
+    """
+    Choose layers, and fit them again if asked for.
+
+    :param state: the session's, the pipeline's pass just over
+    :param calibration: what that pass measured
+    :param new_calibration: for further passes, given ``streams``
+    :param data: None: everything can be told from ``calibration``
+    :param architecture: the model's family
+    :param budget: when to stop
+    :param criterion: as in :class:`Search`
+    :param greedy: whether to rank again after each replacement
+    :param refit: whether to fit again in the end
+    """
+    if data is None:
+        return Search(criterion, budget).one_shot(calibration)
+    forward = PartialForward(state.model, architecture)
+    windows = Windows(data.batches, state.loss_masks)
+    passes = Passes(state, forward, architecture, windows, new_calibration)
+    # The basic pipeline has left this context by now.
+    with calibration_forward_context(state.model):
+        trials = None
+        if data.held_out:
+            trials = Trials(forward, architecture, windows.select(data.held_out))
+        search = Search(criterion, budget, trials)
+        if greedy:
+            outcome = search.greedy(calibration, passes)
+        else:
+            outcome = search.one_shot(calibration)
+        return search.refit(outcome, passes) if refit else outcome

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Criteria, budgets, greedy selection and refit, through real oneshot() runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+
+from nbl_modifier import NBLModifier, data
+from nbl_modifier.report.schema import LayerResult, NBLReport
+from tests.numerics import oracle
+from tests.test_modifier import activations
+from tests.tiny_llama import (
+    DEMO_MODEL,
+    Model,
+    compress,
+    demo_tokenizer,
+    linearized,
+    load,
+    ragged_rows,
+    token_rows,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Of 16 sequences, one batch each, these are held out.
+HELD_OUT = [2, 6, 10, 14]
+FITTED = [0, 1, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15]
+
+
+def run(
+    folder: Path, rows: Dataset, model: Model | None = None, **fields: Any
+) -> tuple[Model, NBLReport]:
+    modifier = NBLModifier(**fields)
+    model = compress(model or load(folder), modifier, rows)
+    assert modifier.report is not None
+    return model, modifier.report
+
+
+def layer(report: NBLReport, index: int) -> LayerResult:
+    return next(result for result in report.layers if result.index == index)
+
+
+def mean_nll(model: Model, rows: Dataset, masks: Sequence[Any] | None = None) -> float:
+    """Return the mean negative log-likelihood of all tokens but the first, in nats."""
+    total, count = 0.0, 0
+    for number, tokens in enumerate(rows["input_ids"]):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens]), use_cache=False).logits[0]
+        logs = logits.double().log_softmax(-1)
+        for position in range(1, len(tokens)):
+            if masks is None or masks[number][position]:
+                total -= float(logs[position - 1, tokens[position]])
+                count += 1
+    return total / count
+
+
+@pytest.fixture(scope="module")
+def everything(llama: Path, rows: Dataset) -> NBLReport:
+    """Return a report with every figure measured, held-out ones too."""
+    return run(llama, rows, criterion="loss", num_layers=4)[1]
+
+
+@pytest.fixture(scope="module")
+def windows() -> Dataset:
+    """Return Python source for the demo model, to which every replacement does harm."""
+    texts = data.stdlib_texts("calibration")
+    return data.pack(texts, demo_tokenizer(), seq_length=128, num_sequences=16)
+
+
+# --- criteria -------------------------------------------------------------------------
+
+
+def test_loss_is_that_of_the_single_replacement(
+    llama: Path, rows: Dataset, everything: NBLReport
+) -> None:
+    """Layer by layer: replace it alone, and compare held-out text."""
+    heldout = rows.select(HELD_OUT)
+    base = mean_nll(load(llama), heldout)
+    assert everything.heldout is not None
+    assert everything.heldout.num_windows == 4
+    assert everything.heldout.num_tokens == 4 * 63
+    # float32 logits: 1e-7 of a mean of about 6
+    assert math.log(everything.heldout.base) == pytest.approx(base, abs=2e-6)
+    for index in range(4):
+        model, _ = run(llama, rows.select(FITTED), layers=[index])
+        measured = layer(everything, index)
+        assert measured.loss == pytest.approx(mean_nll(model, heldout) - base, abs=2e-6)
+        assert measured.score == measured.loss
+    ranking = [result.loss for result in everything.ranking]
+    assert ranking == sorted(ranking, key=lambda loss: (loss is None, loss))
+    everywhere, _ = run(llama, rows.select(FITTED), num_layers=4)
+    assert math.log(everything.heldout.replaced) == pytest.approx(
+        mean_nll(everywhere, heldout), abs=2e-6
+    )
+
+
+def test_trials_leave_nothing_behind(llama: Path, rows: Dataset) -> None:
+    """The layers that are not chosen are the original ones, bit for bit."""
+    original = load(llama).state_dict()
+    model, report = run(
+        llama, rows, criterion="loss", selection="greedy", refit=True, num_layers=1
+    )
+    (chosen,) = report.selected_layers
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(
+            (f"model.layers.{chosen}.self_attn", f"model.layers.{chosen}.input_")
+        ):
+            assert torch.equal(tensor, original[name]), name
+    for name, module in model.named_modules():
+        assert not module._forward_hooks, name
+        assert not module._forward_pre_hooks, name
+        assert "forward" not in vars(module) or hasattr(
+            module, "_original_forward_func"
+        ), name
+    assert torch.isfinite(model(torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def test_cosine_is_that_of_the_stream_around_attention(
+    llama: Path, rows: Dataset
+) -> None:
+    report = run(llama, rows, criterion="cosine", num_layers=2)[1]
+    model = load(llama, attn_implementation="eager")
+    seen: dict[int, list[float]] = {index: [] for index in range(4)}
+    for index, decoder_layer in enumerate(model.model.layers):
+        stream: list[Any] = []
+        decoder_layer.input_layernorm.register_forward_pre_hook(
+            lambda _, args, stream=stream: stream.append(args[0].double())
+        )
+        decoder_layer.self_attn.register_forward_hook(
+            lambda _, __, output, stream=stream, index=index: seen[index].extend(
+                torch.cosine_similarity(
+                    stream[-1], stream[-1] + output[0].double(), dim=-1
+                )
+                .flatten()
+                .tolist()
+            )
+        )
+    for tokens in rows["input_ids"]:
+        with torch.no_grad():
+            model(torch.tensor([tokens]), use_cache=False)
+    expected = {index: 1 - sum(values) / len(values) for index, values in seen.items()}
+    for index, value in expected.items():
+        # cosines are of float32 rows
+        assert layer(report, index).cosine == pytest.approx(value, abs=1e-6)
+    assert [r.index for r in report.ranking] == sorted(
+        expected, key=expected.__getitem__
+    )
+
+
+def test_residual_nmse_ranks(llama: Path, rows: Dataset) -> None:
+    report = run(llama, rows, criterion="residual_nmse", num_layers=2)[1]
+    scores = [result.residual_nmse for result in report.ranking]
+    assert scores == sorted(scores)
+    assert [result.score for result in report.ranking] == scores
+
+
+def test_held_out_error_is_measured_on_other_windows(
+    llama: Path, rows: Dataset, everything: NBLReport
+) -> None:
+    part = run(llama, rows.select(FITTED), num_layers=4)[1]
+    fitted = activations(llama, rows.select(FITTED))
+    heldout = activations(llama, rows.select(HELD_OUT))
+    for result in everything.layers:
+        same = layer(part, result.index)
+        assert result.num_tokens == same.num_tokens == 12 * 64
+        assert (result.nmse, result.cca_bound) == (same.nmse, same.cca_bound)
+        assert same.heldout_nmse is None
+        seen, other = fitted[result.index], heldout[result.index]
+        W, b = oracle.lmmse(seen.residual, seen.output)
+        expected = oracle.nmse(other.residual, other.output, W, b)
+        # float64 throughout; 1e-9 leaves 1e-16 times the condition number of 1e3 room
+        assert result.heldout_nmse == pytest.approx(expected, rel=1e-9)
+        assert expected > result.nmse
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_not_predicted(llama: Path, side: str) -> None:
+    lengths = [64, 40, 7, 55, 64, 21, 30, 48, 3, 64, 33, 59, 12, 61, 26, 44]
+    ragged = ragged_rows(lengths)
+    modifier = NBLModifier(criterion="loss", num_layers=1)
+    compress(
+        load(llama),
+        modifier,
+        ragged,
+        batch_size=4,
+        data_collator="padding",
+        max_seq_length=None,
+        processor=demo_tokenizer(padding_side=side),
+    )
+    report = modifier.report
+    assert report is not None
+    assert report.heldout is not None
+    # the loader sorts by length, longest first; of four batches the third is held out
+    heldout = sorted(range(16), key=lambda number: -lengths[number])[8:12]
+    assert report.heldout.num_tokens == sum(lengths[i] for i in heldout) - 4
+    expected = mean_nll(load(llama), ragged.select(heldout))
+    # left padding shifts positions, and with them float32 rounding
+    assert math.log(report.heldout.base) == pytest.approx(expected, abs=1e-5)
+
+
+def test_tokens_outside_the_loss_are_not_predicted(llama: Path, rows: Dataset) -> None:
+    generator = torch.Generator().manual_seed(5)
+    masks = (torch.rand(16, 64, generator=generator) < 0.6).long().tolist()
+    masked = rows.add_column("loss_mask", masks)
+    modifier = NBLModifier(criterion="loss", num_layers=1)
+    compress(load(llama), modifier, masked, use_loss_mask=True)
+    report = modifier.report
+    assert report is not None
+    assert report.heldout is not None
+    heldout = [masks[number] for number in HELD_OUT]
+    assert report.heldout.num_tokens == sum(sum(mask[1:]) for mask in heldout)
+    expected = mean_nll(load(llama), rows.select(HELD_OUT), heldout)
+    assert math.log(report.heldout.base) == pytest.approx(expected, abs=2e-6)
+
+
+# --- budgets --------------------------------------------------------------------------
+
+
+def test_largest_error_that_may_be_used(
+    llama: Path, rows: Dataset, everything: NBLReport
+) -> None:
+    errors = {r.index: r.heldout_nmse or math.nan for r in everything.layers}
+    order = sorted(errors, key=errors.__getitem__)
+    limit = errors[order[1]]  # exactly as large is allowed
+    model, report = run(llama, rows, max_nmse=limit)
+    assert linearized(model) == report.selected_layers == sorted(order[:2])
+    assert report.binding == f"max_nmse={limit}"
+    assert f"> max_nmse={limit}" in layer(report, order[2]).reason
+    assert [result.index for result in report.ranking] == sorted(
+        range(4), key=lambda index: layer(report, index).cca_bound
+    )
+    model, report = run(llama, rows, max_nmse=limit, num_layers=1)
+    best = min(order[:2], key=lambda index: layer(report, index).cca_bound)
+    assert linearized(model) == [best]
+    assert report.binding == "num_layers=1"
+    _, report = run(llama, rows, max_nmse=limit, kv_cache_reduction=0.75)
+    assert report.num_replaced == 2
+    assert report.binding == f"max_nmse={limit}"
+    _, report = run(llama, rows, max_nmse=100.0)
+    assert report.num_replaced == 4
+    assert report.binding == "all 4 candidates"
+
+
+def test_perplexity_may_rise_so_far(windows: Dataset) -> None:
+    """Each prefix of the ranking is measured until one is too much."""
+    fields: dict[str, Any] = {
+        "targets": [r"re:.*layers\.(1|7|10|12)\.self_attn"],
+        "criterion": "loss",
+        "max_perplexity_increase": 1e6,
+    }
+    heldout = run(DEMO_MODEL, windows, **fields)[1].heldout
+    assert heldout is not None
+    increases = [(value or math.nan) / heldout.base - 1 for value in heldout.path]
+    assert len(increases) == 4
+    # or the second prefix would be cut off by the first, and the test say nothing
+    assert max(increases[0], 0.0) < increases[1] < increases[2], increases
+    between = (increases[1] + increases[2]) / 2
+    limited = fields | {"max_perplexity_increase": between}
+    model, report = run(DEMO_MODEL, windows, **limited)
+    assert report.num_replaced == len(linearized(model)) == 2
+    assert report.binding is not None
+    assert report.binding.startswith(f"max_perplexity_increase={between} (")
+    assert f"{increases[2]:.4g}" in report.binding
+    assert report.heldout is not None
+    assert report.heldout.path == heldout.path[:2]
+    assert report.heldout.replaced == heldout.path[1]
+    assert report.layers[0].reason.endswith(report.binding)
+    _, report = run(DEMO_MODEL, windows, **limited, num_layers=1)
+    assert report.binding == "num_layers=1"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_nmse": 1e-3}, r"max_nmse: no layer fits the budget 0\.001; the lowest"),
+        (
+            {"max_perplexity_increase": 0.0},
+            r"max_perplexity_increase: no layer fits the budget 0\.0; replacing",
+        ),
+    ],
+)
+def test_nothing_fits(
+    windows: Dataset, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    modifier = NBLModifier(targets=[r"re:.*layers\.1\.self_attn"], **fields)
+    model = load(DEMO_MODEL)
+    with pytest.raises(ValueError, match=message):
+        compress(model, modifier, windows, output_dir=str(tmp_path / "out"))
+    assert linearized(model) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_batch_cannot_be_split(llama: Path, rows: Dataset) -> None:
+    with pytest.raises(
+        ValueError, match=r"one batch of 16 samples.*smaller batch_size"
+    ):
+        compress(
+            load(llama),
+            NBLModifier(num_layers=1, criterion="loss"),
+            rows,
+            batch_size=16,
+        )
+
+
+def test_too_few_tokens_are_left_to_fit_on(llama: Path) -> None:
+    few = token_rows(num_rows=8, length=5)  # 40 tokens for 32 dimensions, 30 to fit on
+    with pytest.raises(ValueError, match=r"to fit on: 30 tokens"):
+        compress(load(llama), NBLModifier(num_layers=1, criterion="loss"), few)
