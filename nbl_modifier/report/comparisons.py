@@ -171,7 +171,8 @@ def _shared_qualities(
             }
         elif shared:
             name = shared[0]
-            qualities[f"{kind.replace('_', ' ')}, {name}"] = {
+            words = f"accuracy, {name}" if kind == "accuracy" else name
+            qualities[words] = {
                 model: metrics[name] for model, metrics in having.items()
             }
     return qualities

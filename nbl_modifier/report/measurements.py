@@ -209,7 +209,7 @@ def report_measurements(model: str, report: NBLReport) -> list[Measurement]:
     if PERPLEXITY_RATIO not in figures:
         return []
     ratio, error = figures[PERPLEXITY_RATIO], figures.get(PERPLEXITY_RATIO_ERROR)
-    name = "perplexity, held-out text"
+    name = "held-out perplexity, times base"
     own = Metric(ratio, error, "perplexity_ratio")
     return [
         Measurement(report.model, None, {name: Metric(1.0, 0.0, "perplexity_ratio")}),

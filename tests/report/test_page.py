@@ -175,7 +175,7 @@ def test_numbers_are_those_of_the_files(complete: Path, tmp_path: Path) -> None:
         )
     assert page.marked["Ranking"] == [1, 6, 7]
     assert page.rows["Quality"] == [
-        ["model", "perplexity, held-out text", "piqa", "arc"],
+        ["model", "held-out perplexity, times base", "piqa", "arc"],
         ["some-model", "1.0000", "0.8000 ± 0.0100", "0.6000 ± 0.0100"],
         ["nbl1", "1.0500 ± 0.0125", "0.7800 ± 0.0100", "0.5700 ± 0.0100"],
         ["nbl2", "1.0500 ± 0.0125", "0.7000 ± 0.0100", "0.5000 ± 0.0100"],
