@@ -46,6 +46,7 @@ class Measurement:
         and after attention, dimensionless
     :param dampening_frac: dampening used, a fraction of the mean diagonal of C_xx
     :param seconds: spent on statistics and solve
+    :param canonical_correlations: quantiles of the rho_i, if asked for
     """
 
     num_tokens: int
@@ -57,6 +58,7 @@ class Measurement:
     cosine: float
     dampening_frac: float
     seconds: float
+    canonical_correlations: list[float] | None = None
 
 
 class Calibration:
@@ -82,6 +84,7 @@ class Calibration:
     :param keep: how many
     :param held_out: numbers of the batches that are not fitted on, only measure the
         error
+    :param correlations: whether to measure the canonical correlations
     :param streams: residual stream by batch, ``[batch, tokens, d]``, that the estimator
         reads instead of the model's own. Its target becomes what leads from there to
         the model's own stream behind the layer
@@ -98,6 +101,7 @@ class Calibration:
         criterion: str,
         keep: int,
         held_out: Collection[int] = (),
+        correlations: bool = False,
         streams: Mapping[int, Tensor] | None = None,
     ) -> None:
         self.measured: dict[int, Measurement] = {}
@@ -111,6 +115,7 @@ class Calibration:
         self._criterion = criterion
         self._keep = keep
         self._held_out = held_out
+        self._correlations = correlations
         self._streams = streams
         self._started_at = time.perf_counter()
         self._residuals: dict[int, tuple[int, Tensor]] = {}
@@ -248,6 +253,11 @@ class Calibration:
                 fit = normalized
                 linear_map = numerics.solve_lmmse(fit, self._dampening_frac)
             nmse = numerics.nmse(fit, linear_map)
+            correlations = None
+            if self._correlations:
+                correlations = numerics.correlation_quantiles(
+                    residual.plus_input(), self._dampening_frac
+                )
             heldout_nmse = None
             if heldout is not None:
                 residual, normalized = heldout.finalize()
@@ -275,6 +285,7 @@ class Calibration:
             cosine=statistics.cosine_distance,
             dampening_frac=linear_map.dampening_frac,
             seconds=statistics.seconds + time.perf_counter() - started_at,
+            canonical_correlations=correlations,
         )
         self.measured[index] = measurement
         self.replacements[index] = Replacement(self._spec, weight.cpu(), bias.cpu())

@@ -103,6 +103,8 @@ class NBLModifier(Modifier):
         (``normalized``)
     :param dampening_frac: added to the diagonal of C_xx, as a fraction of its mean;
         dimensionless, >= 0. A singular C_xx is dampened further, which is reported
+    :param canonical_correlations: whether the report holds quantiles of each layer's
+        canonical correlations, which takes an SVD per layer
     """
 
     num_layers: int | None = Field(default=None, ge=1)
@@ -121,6 +123,7 @@ class NBLModifier(Modifier):
     refit: bool = False
     input: Literal["residual", "normalized"] = "residual"
     dampening_frac: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    canonical_correlations: bool = False
 
     # A property of the class, not a choice: kept out of recipe.yaml.
     requires_calibration_data: bool = Field(default=True, exclude=True, frozen=True)
@@ -404,6 +407,7 @@ class NBLModifier(Modifier):
             criterion=self.criterion,
             keep=keep,
             held_out=self._data.held_out if self._data is not None else (),
+            correlations=self.canonical_correlations,
             streams=streams,
         )
 

@@ -193,6 +193,22 @@ def test_report_equals_an_independent_computation(
         assert layer.num_tokens == len(X)
 
 
+@INPUTS
+def test_canonical_correlations_are_stored_on_request(
+    llama: Path, rows: Dataset, plain: list[Activations], kind: Kind
+) -> None:
+    """Those that the bound is the sum of, whatever the linear layer reads."""
+    recipe = NBLModifier(num_layers=1, input=kind, canonical_correlations=True)
+    _, report = run(llama, recipe, rows)
+    for layer in report.layers:
+        seen = plain[layer.index]
+        rho = oracle.canonical_correlations(seen.residual, seen.residual + seen.output)
+        expected = np.quantile(rho, np.linspace(0, 1, 21))
+        assert layer.canonical_correlations == pytest.approx(expected, abs=1e-9)
+    _, report = run(llama, NBLModifier(num_layers=1, input=kind), rows)
+    assert [layer.canonical_correlations for layer in report.layers] == [None] * 4
+
+
 def test_ranking_by_nmse(llama: Path, rows: Dataset, plain: list[Activations]) -> None:
     def nmse(index: int) -> float:
         X, A = plain[index].residual, plain[index].output
@@ -354,6 +370,7 @@ def test_saved_recipe_replays(rows: Dataset, tmp_path: Path) -> None:
         "refit": False,
         "input": "normalized",
         "dampening_frac": 0.01,
+        "canonical_correlations": False,
     }
     compress(load(llama), str(saved), rows, output_dir=str(tmp_path / "second"))
     first, second = (tensors_in(tmp_path / name) for name in ("first", "second"))

@@ -5,7 +5,7 @@ only: no transformers, no llmcompressor, no logging.
 """
 
 from .attention import AttentionSolution, solve_attention
-from .cca import canonical_correlations, nmse_bound
+from .cca import canonical_correlations, correlation_quantiles, nmse_bound
 from .covariance import CovarianceAccumulator
 from .lmmse import LinearMap, expected_nmse, mse, nmse, solve_lmmse
 from .psd import DampedCholesky, damped_cholesky
@@ -22,6 +22,7 @@ __all__ = [
     "LowRankMap",
     "NonFiniteError",
     "canonical_correlations",
+    "correlation_quantiles",
     "damped_cholesky",
     "expected_nmse",
     "mse",

@@ -67,6 +67,24 @@ def canonical_correlations(
     return torch.linalg.svdvals(M).clamp_(max=1.0)
 
 
+def correlation_quantiles(
+    stats: CovarianceStats, dampening_frac: float = 0.0
+) -> list[float]:
+    """
+    Return the canonical correlations in short: 21 quantiles, 5% apart.
+
+    :param stats: moments of (x, y), with ``cov_yy``
+    :param dampening_frac: as in :func:`nmse_bound`
+    :return: from the least correlation to the greatest, interpolated linearly
+    :raises ValueError: if ``stats.cov_yy`` is None or ``dampening_frac`` is negative
+    :raises torch.linalg.LinAlgError: if a covariance cannot be factored
+    """
+    correlations = canonical_correlations(stats, dampening_frac)
+    shares = torch.linspace(0, 1, 21, dtype=torch.float64, device=correlations.device)
+    quantiles: list[float] = correlations.quantile(shares).tolist()
+    return quantiles
+
+
 def _whitened_cross_covariance(
     stats: CovarianceStats,
     dampening_frac: float,

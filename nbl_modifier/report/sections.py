@@ -27,7 +27,7 @@ __all__ = ["group_sections"]
 _CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss")
 _NO_CORRELATIONS = (
     "Not stored in this report: they cost many times what the ranking does. "
-    "`nbl compress --canonical-correlations` stores them."
+    "`NBLModifier: {canonical_correlations: true}` in the recipe stores them."
 )
 
 

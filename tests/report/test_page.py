@@ -235,7 +235,7 @@ def test_absent_sections_say_why(tmp_path: Path) -> None:
     (tmp_path / "nbl" / "config.json").unlink()
     page, markdown = run(tmp_path / "r.html", tmp_path / "nbl")
     reasons = {
-        "Canonical correlations": "--canonical-correlations",
+        "Canonical correlations": "canonical_correlations: true",
         "Quality": "No quality was measured",
         "Quality against speed": "nbl_benchmark.json",
         "Quality against KV cache": "no quality was measured on two models",
