@@ -23,10 +23,12 @@ class Architecture:
     ``output_scale`` and passed through ``post_norm`` where a family has these.
 
     :param model_type: ``config.model_type`` of the base model in transformers
-    :param causal_lm: class name of the causal language model, the same in
-        transformers and in vLLM's registry
-    :param base_model: class name of the decoder without a head in transformers
-    :param layers: path of the decoder layer list inside the causal language model
+    :param causal_lm: class name of the model with its head, the same in transformers
+        and in vLLM's registry
+    :param base_model: class name of the model without a head in transformers
+    :param auto_class: transformers' Auto class that loads the model with its head
+    :param layers: path of the decoder layer list inside the model
+    :param vllm_layers: the same in vLLM, if it is another
     :param attention: name of the attention module inside a decoder layer
     :param input_norm: name of the norm in front of attention inside a decoder layer;
         None if attention reads the residual stream itself
@@ -45,7 +47,9 @@ class Architecture:
     model_type: str
     causal_lm: str
     base_model: str
+    auto_class: str = "AutoModelForCausalLM"
     layers: str = "model.layers"
+    vllm_layers: str | None = None
     attention: str = "self_attn"
     input_norm: str | None = "input_layernorm"
     post_norm: str | None = None
@@ -103,6 +107,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     row.model_type: row
     for row in (
         Architecture("llama", "LlamaForCausalLM", "LlamaModel"),
+        # A vision tower, and a text model of the type Llama or Mistral.
+        Architecture(
+            "llava",
+            "LlavaForConditionalGeneration",
+            "LlavaModel",
+            auto_class="AutoModelForImageTextToText",
+            layers="model.language_model.layers",
+            vllm_layers="language_model.model.layers",
+        ),
         Architecture("mistral", "MistralForCausalLM", "MistralModel"),
         Architecture("qwen2", "Qwen2ForCausalLM", "Qwen2Model"),
         Architecture("qwen3", "Qwen3ForCausalLM", "Qwen3Model"),
@@ -132,6 +145,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             "Gemma3ForCausalLM",
             "Gemma3TextModel",
             post_norm="post_attention_layernorm",
+        ),
+        Architecture(
+            "olmo2",
+            "Olmo2ForCausalLM",
+            "Olmo2Model",
+            input_norm=None,
+            post_norm="post_attention_layernorm",
+            vllm_stream="only",
         ),
         Architecture(
             "cohere",

@@ -212,7 +212,9 @@ class NBLModifier(Modifier):
             self._earlier_report = saving.report_of(model)
         self._candidates = self._choose_from(model)
         data = check_calibration_data(
-            state.data.calib, model.config.hidden_size, self._holds_out
+            state.data.calib,
+            model.config.get_text_config().hidden_size,
+            self._holds_out,
         )
         self._num_samples = data.num_samples
         if self._holds_out or self.refit or self.selection == "greedy":

@@ -71,6 +71,7 @@ def test_folded_norms() -> None:
     assert folded("llama") == [("input_layernorm",), ()]
     behind = "post_attention_layernorm"
     assert folded("gemma2") == [("input_layernorm", behind), (behind,)]
+    assert folded("olmo2") == [(behind,), (behind,)]
     # its MLP needs the norm
     assert folded("cohere") == [(), ()]
 

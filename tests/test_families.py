@@ -128,6 +128,7 @@ def recorded(model: Any, row: Architecture, index: int) -> Iterator[list[Tensor]
         reader = {
             "gemma2": "pre_feedforward_layernorm",
             "gemma3_text": "pre_feedforward_layernorm",
+            "olmo2": "mlp",
         }.get(row.model_type, "post_attention_layernorm")
         handles.append(
             layer.get_submodule(reader).register_forward_pre_hook(
@@ -238,6 +239,12 @@ def test_left_padding_changes_nothing(family: Family) -> None:
             "residual",
             "CohereForCausalLM reads input_layernorm in its MLP, too.*got 'residual'. "
             "Use input: normalized.",
+        ),
+        (
+            "olmo2",
+            "normalized",
+            "Olmo2ForCausalLM has no norm in front of attention, got 'normalized'. "
+            "Use input: residual.",
         ),
     ],
 )

@@ -44,10 +44,18 @@ def save_llama(folder: Path, **kwargs: Any) -> Path:
 
 
 def load(folder: Path | str, **kwargs: Any) -> Model:
-    """Return the causal language model saved in ``folder``."""
-    from transformers import AutoModelForCausalLM
+    """Return the language model saved in ``folder``, a vision-language model too."""
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs)
+    from nbl_modifier.architectures import architecture_of
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        auto_class = architecture_of(config.model_type).auto_class
+    except NotImplementedError:
+        auto_class = "AutoModelForCausalLM"
+    loader = getattr(transformers, auto_class)
+    return loader.from_pretrained(folder, dtype="auto", **kwargs)
 
 
 def load_on_disk(folder: Path, offload_folder: Path) -> Model:

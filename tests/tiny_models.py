@@ -9,15 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from nbl_modifier.architectures import ARCHITECTURES
+
 VOCAB_SIZE = 128
 MAX_LENGTH = 256
 SLIDING_WINDOW = 32
+IMAGE_TOKEN = 1
+IMAGE_SIZE = 8
 
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "norm_topk_prob": True}
 _SLIDING: dict[str, Any] = {"sliding_window": SLIDING_WINDOW}
 #: Configuration of each family beyond what all share, by ``model_type``.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
+    "llava": {},
     "mistral": _SLIDING,
     "qwen2": {},
     "qwen3": {},
@@ -32,6 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma2": _SLIDING,
     "gemma3_text": _SLIDING,
+    "olmo2": {},
     "cohere": {"logit_scale": 1.0},
 }
 # Their classes in vLLM have no head of their own.
@@ -84,8 +90,34 @@ def family_config(
         fields["query_pre_attn_scalar"] = head_dim
         kinds = ("sliding_attention", "full_attention")
         fields["layer_types"] = [kinds[i % 2] for i in range(num_layers)]
+    if model_type == "llava":
+        return _vision_language_config(fields)
     config_class: Any = CONFIG_MAPPING[model_type]
     return config_class(**fields, **FAMILIES[model_type])
+
+
+def _vision_language_config(text: dict[str, Any]) -> Any:
+    """Return that of a Llama that sees images of 8 x 8, as four patches, tokens each."""
+    from transformers import CONFIG_MAPPING
+
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": IMAGE_SIZE // 2,
+        "projection_dim": 32,
+    }
+    config_class: Any = CONFIG_MAPPING["llava"]
+    return config_class(
+        text_config={"model_type": "llama", **text},
+        vision_config=vision,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=4,
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )
 
 
 def save_tiny(
@@ -109,12 +141,13 @@ def save_tiny(
     :param sizes: of :func:`family_config`
     :return: ``folder``
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    auto_class = getattr(transformers, ARCHITECTURES[model_type].auto_class)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = family_config(model_type, **sizes)
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = auto_class.from_config(config)
         for name, weight in model.named_parameters():
             if "norm" in name:  # around 1, or around 0 where 1 is added to it
                 nn.init.normal_(weight, mean=float(weight.detach().mean()), std=0.3)
@@ -124,7 +157,52 @@ def save_tiny(
                 # tied, and scaled by sqrt(hidden_size): tokens would predict themselves
                 weight.data.div_(4)
     model.to(dtype).save_pretrained(folder)
+    if model_type == "llava":
+        _name_vision_weights_as_published(folder / "model.safetensors")
+        _save_processor(folder, config)
     return folder
+
+
+def _name_vision_weights_as_published(path: Path) -> None:
+    """
+    Put back the level of names that transformers 5 drops from a model made by it.
+
+    Published checkpoints have it, transformers keeps it in those that it has loaded,
+    and vLLM 0.32 reads no others.
+    """
+    from safetensors.torch import load_file, save_file
+
+    tensors = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _save_processor(folder: Path, config: Any) -> None:
+    """Save what makes inputs of words ``t2``, ``t3``, ... and of images."""
+    import tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, TokenizersBackend
+
+    words = {f"t{i}": i for i in range(config.text_config.vocab_size)}
+    words["<image>"] = words.pop(f"t{IMAGE_TOKEN}")
+    model = tokenizers.models.WordLevel(words, unk_token="t0")  # noqa: S106
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    LlavaProcessor(
+        CLIPImageProcessor(
+            size={"shortest_edge": IMAGE_SIZE},
+            crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        ),
+        TokenizersBackend(
+            tokenizer_object=tokenizer,
+            pad_token="t0",  # noqa: S106  # a word
+            extra_special_tokens={"image_token": "<image>"},
+        ),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # CLIP's class embedding
+    ).save_pretrained(folder)
 
 
 def save_for_vllm(folder: Path, model_type: str, **kwargs: Any) -> Path:

@@ -12,10 +12,12 @@ __all__ = ["register"]
 
 def register() -> None:
     """
-    Make ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` know every
-    supported family's linearized models. Safe to call again.
+    Make ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` (or
+    ``AutoModelForImageTextToText``) know every supported family's linearized models.
+    Safe to call again.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig, AutoModel
 
     from nbl_modifier.architectures import ARCHITECTURES
 
@@ -28,6 +30,6 @@ def register() -> None:
         AutoModel.register(
             config, model_class(architecture.base_model, architecture), exist_ok=True
         )
-        AutoModelForCausalLM.register(
+        getattr(transformers, architecture.auto_class).register(
             config, model_class(architecture.causal_lm, architecture), exist_ok=True
         )

@@ -264,7 +264,7 @@ def _finished_config(
         "auto_map": {
             "AutoConfig": f"configuration_nbl.{config_class(architecture).__name__}",
             "AutoModel": f"modeling_nbl.{architecture.nbl_base_model}",
-            "AutoModelForCausalLM": f"modeling_nbl.{architecture.nbl_causal_lm}",
+            architecture.auto_class: f"modeling_nbl.{architecture.nbl_causal_lm}",
         },
     }
 

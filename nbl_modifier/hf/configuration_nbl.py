@@ -131,7 +131,8 @@ class NBLConfigMixin:
                 block["layers"].items(), key=lambda item: int(item[0])
             )
         }
-        num_layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
+        text: Any = self.get_text_config()  # type: ignore[attr-defined]
+        num_layers: int = text.num_hidden_layers
         outside = [index for index in layers if not 0 <= index < num_layers]
         if outside:
             raise ValueError(

@@ -256,8 +256,9 @@ def _linearize_skeleton(model: PreTrainedModel) -> None:
     config: Any = model.config
     architecture = architecture_of(config.model_type)
     layers = decoder_layers(model, architecture)
+    hidden_size = config.get_text_config().hidden_size
     for index, spec in config.linearized_layers().items():
-        linear = _empty_map(config.hidden_size, spec)
+        linear = _empty_map(hidden_size, spec)
         linearize_layer(layers, architecture, index, spec, linear)
 
 
@@ -301,13 +302,17 @@ def _keep_weight_conversion(architecture: Architecture) -> None:
     Have linearized checkpoints read and written as those of the base model.
 
     transformers fuses the experts of a checkpoint into one weight when it loads them,
-    by rules that it looks up by ``model_type``; without them they would stay random.
+    say, by rules that it looks up by class and by ``model_type``; without them they
+    would stay random.
     """
-    conversion = get_checkpoint_conversion_mapping(architecture.model_type)
-    if conversion is not None:
-        register_checkpoint_conversion_mapping(
-            architecture.nbl_model_type, conversion, overwrite=True
-        )
+    for base, ours in (
+        (architecture.model_type, architecture.nbl_model_type),
+        (architecture.causal_lm, architecture.nbl_causal_lm),
+        (architecture.base_model, architecture.nbl_base_model),
+    ):
+        conversion = get_checkpoint_conversion_mapping(base)
+        if conversion is not None:
+            register_checkpoint_conversion_mapping(ours, conversion, overwrite=True)
 
 
 _MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {}

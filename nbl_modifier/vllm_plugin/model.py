@@ -8,7 +8,9 @@ vLLM caches what it learns about these classes under a hash of this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +29,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from nbl_modifier.architectures import ARCHITECTURES, Architecture
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
+from nbl_modifier.hf.modeling_nbl import linearize_layer
 
 __all__ = [
     "DroppedAttention",
@@ -36,6 +39,9 @@ __all__ = [
     "LowRankLinear",
     "ResidualAdd",
 ]
+
+# Where vLLM keeps the classes that run transformers' models with its own layers.
+_TRANSFORMERS_BACKEND = "vllm.model_executor.models.transformers"
 
 # Below "vllm", the only logger that vLLM gives a handler.
 logger = init_logger(f"vllm.{__name__}")
@@ -57,6 +63,7 @@ class LowRankLinear(nn.Module):
     :param rank: features between the two layers
     :param quant_config: the checkpoint's quantization, or None
     :param prefix: name of this module
+    :param return_bias: whether to return None besides, as vLLM's linear layers do
     """
 
     def __init__(
@@ -65,8 +72,10 @@ class LowRankLinear(nn.Module):
         rank: int,
         quant_config: QuantizationConfig | None,
         prefix: str,
+        return_bias: bool = True,
     ) -> None:
         super().__init__()
+        self.return_bias = return_bias
         options = {"quant_config": quant_config, "prefix": f"{prefix}.reduce"}
         if rank % (_MIN_SPLIT * get_tensor_model_parallel_world_size()) == 0:
             self.reduce = ColumnParallelLinear(
@@ -83,16 +92,18 @@ class LowRankLinear(nn.Module):
             prefix=f"{prefix}.expand",
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, hidden_states: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, None]:
         """
-        Return the map of every token, and no bias, as vLLM's linear layers do.
+        Return the map of every token.
 
         :param hidden_states: ``[num_tokens, hidden_size]``
-        :return: ``[num_tokens, hidden_size]``, None
+        :return: ``[num_tokens, hidden_size]``, and None if ``return_bias``
         """
         reduced, _bias = self.reduce(hidden_states)
         output, _bias = self.expand(reduced)
-        return output, None
+        return (output, None) if self.return_bias else output
 
 
 def _make_map(
@@ -100,6 +111,7 @@ def _make_map(
     spec: LinearizedLayer,
     quant_config: QuantizationConfig | None,
     prefix: str,
+    return_bias: bool = True,
 ) -> nn.Module:
     """
     Return the linear map of a layer, split over its output features in tensor parallel.
@@ -108,7 +120,7 @@ def _make_map(
     whole.
     """
     if spec.rank is not None:
-        return LowRankLinear(hidden_size, spec.rank, quant_config, prefix)
+        return LowRankLinear(hidden_size, spec.rank, quant_config, prefix, return_bias)
     # Exactly this class: LoRA does not recognize subclasses of it.
     return ColumnParallelLinear(
         hidden_size,
@@ -117,6 +129,7 @@ def _make_map(
         gather_output=True,
         quant_config=quant_config,
         prefix=prefix,
+        return_bias=return_bias,
     )
 
 
@@ -242,7 +255,10 @@ class LinearizedMixin:
     weight is read; loading, LoRA, speculative decoding and parallelism are inherited.
     """
 
+    #: The row, with the path of the layers that vLLM's class has.
     architecture: ClassVar[Architecture]
+    #: Whether vLLM has no code of its own and runs transformers' with its own layers.
+    in_transformers: ClassVar[bool] = False
 
     def __init__(
         self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any
@@ -257,10 +273,12 @@ class LinearizedMixin:
             without any attention layer
         """
         config = vllm_config.model_config.hf_config
+        text_config = config.get_text_config()
         linearized = config.linearized_layers()
         _check_stages(linearized, vllm_config)
-        # The stock class is next in the order of resolution.
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        with _stock_class(config) if self.in_transformers else nullcontext():
+            # The stock class is next in the order of resolution.
+            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
 
         architecture = self.architecture
         layers: nn.ModuleList = self.get_submodule(architecture.layers)  # type: ignore[attr-defined]
@@ -273,17 +291,19 @@ class LinearizedMixin:
             linear = None
             if spec.method == "linear":
                 linear = _make_map(
-                    config.hidden_size,
+                    text_config.hidden_size,
                     spec,
                     vllm_config.quant_config,
                     maybe_prefix(prefix, f"{name}.linear"),
+                    return_bias=not self.in_transformers,
                 )
-            _replace(layers, architecture, index, spec, linear, vllm_config)
+            replace = _replace_in_transformers if self.in_transformers else _replace
+            replace(layers, architecture, index, spec, linear, vllm_config)
         logger.info_once(
             "%s: %d of %d layers have no attention and no KV cache: %s",
             type(self).__name__,
             len(linearized),
-            config.num_hidden_layers,
+            text_config.num_hidden_layers,
             ", ".join(map(str, linearized)) or "none",
             scope="global",
         )
@@ -309,6 +329,38 @@ def _replace(
     setattr(layer, architecture.attention, replacement)
     for name in architecture.folded_norms(spec.input):
         setattr(layer, name, ResidualAdd())
+
+
+def _replace_in_transformers(
+    layers: nn.ModuleList,
+    architecture: Architecture,
+    index: int,
+    spec: LinearizedLayer,
+    linear: Any,
+    vllm_config: VllmConfig,
+) -> None:
+    """Do the same in a model whose decoder layers are those of transformers."""
+    old = layers[index]
+    if spec.kind == "attention":
+        old = old.get_submodule(architecture.attention)
+    _forget(old, vllm_config)
+    linearize_layer(layers, architecture, index, spec, linear)
+
+
+@contextmanager
+def _stock_class(config: Any) -> Iterator[None]:
+    """
+    Make a linearized configuration one of the base model's class, for a time.
+
+    transformers chooses the model by the configuration's class, and vLLM has to see
+    attention in every layer, or it refuses to build any.
+    """
+    ours = type(config)
+    config.__class__ = next(c for c in ours.__mro__ if c.__module__ != ours.__module__)
+    try:
+        yield
+    finally:
+        config.__class__ = ours
 
 
 def _forget(replaced: nn.Module, vllm_config: VllmConfig) -> None:
@@ -337,7 +389,7 @@ def _check_stages(linearized: Iterable[int], vllm_config: VllmConfig) -> None:
     :param linearized: indices of the layers without attention
     :raises ValueError: naming the pipeline stages left without attention
     """
-    num_layers = vllm_config.model_config.hf_config.num_hidden_layers
+    num_layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     linear = set(linearized)
     num_stages = get_pp_group().world_size
     stages = [
@@ -387,7 +439,10 @@ def _make_class(architecture: Architecture) -> type[nn.Module]:
         architecture.nbl_causal_lm,
         (LinearizedMixin, base),
         {
-            "architecture": architecture,
+            "architecture": dataclasses.replace(
+                architecture, layers=architecture.vllm_layers or architecture.layers
+            ),
+            "in_transformers": base.__module__.startswith(_TRANSFORMERS_BACKEND),
             "__module__": __name__,
             "__doc__": f"``{base.__name__}`` with linearized layers.",
         },
