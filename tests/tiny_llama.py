@@ -139,11 +139,18 @@ def logits_of(model: Model, seed: int = 7) -> Tensor:
         return model.eval()(tokens, use_cache=False).logits
 
 
+def decoder_layers(model: Model) -> Any:
+    """Return the decoder layers, those of a vision-language model's text decoder."""
+    from nbl_modifier.architectures import architecture_of
+
+    return model.get_submodule(architecture_of(model.config.model_type).layers)
+
+
 def linearized(model: Model) -> list[int]:
-    """Return the decoder layers of a Llama in which attention is a linear map."""
+    """Return the decoder layers in which attention is a linear map."""
     return [
         index
-        for index, layer in enumerate(model.model.layers)
+        for index, layer in enumerate(decoder_layers(model))
         if hasattr(layer.self_attn, "linear")
     ]
 

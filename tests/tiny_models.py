@@ -97,7 +97,7 @@ def family_config(
 
 
 def _vision_language_config(text: dict[str, Any]) -> Any:
-    """Return that of a Llama that sees images of 8 x 8, as four patches, tokens each."""
+    """Return that of a Llama that sees images of 8 x 8: four patches, a token each."""
     from transformers import CONFIG_MAPPING
 
     vision = {
@@ -186,7 +186,7 @@ def _save_processor(folder: Path, config: Any) -> None:
 
     words = {f"t{i}": i for i in range(config.text_config.vocab_size)}
     words["<image>"] = words.pop(f"t{IMAGE_TOKEN}")
-    model = tokenizers.models.WordLevel(words, unk_token="t0")  # noqa: S106
+    model = tokenizers.models.WordLevel(words, unk_token="t0")
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     LlavaProcessor(
@@ -196,7 +196,7 @@ def _save_processor(folder: Path, config: Any) -> None:
         ),
         TokenizersBackend(
             tokenizer_object=tokenizer,
-            pad_token="t0",  # noqa: S106  # a word
+            pad_token="t0",  # a word
             extra_special_tokens={"image_token": "<image>"},
         ),
         patch_size=config.vision_config.patch_size,

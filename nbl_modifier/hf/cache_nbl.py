@@ -76,7 +76,7 @@ class StaticCacheShape:
         linearized = self.config.linearized_layers()
 
         def per_layer(size: int | list[int]) -> list[int]:
-            num_layers = self.config.num_hidden_layers
+            num_layers = self.config.get_text_config().num_hidden_layers
             sizes = [size] * num_layers if isinstance(size, int) else size
             return [1 if i in linearized else own for i, own in enumerate(sizes)]
 

@@ -26,7 +26,7 @@ from .configuration_nbl import (
     nbl_config_block,
 )
 from .modeling_nbl import model_class
-from .shortening import layer_fields, remove_dropped_blocks, renumbered
+from .shortening import keep_layer_fields, remove_dropped_blocks, renumbered
 
 __all__ = ["check_output_directory", "convert_in_place", "publish_on_save"]
 
@@ -199,8 +199,7 @@ def _unfinished_config(
     with tempfile.TemporaryDirectory() as folder:
         if name_or_path:  # otherwise transformers' own file is kept
             content = _base_config(config)
-            if content["num_hidden_layers"] != config.num_hidden_layers:
-                content |= layer_fields(config)
+            keep_layer_fields(config, content)
             content |= {
                 "model_type": architecture.nbl_model_type,
                 "architectures": [architecture.nbl_causal_lm],

@@ -18,7 +18,7 @@ from nbl_modifier.architectures import Architecture
 from .configuration_nbl import LinearizedLayer
 from .modeling_nbl import LinearizedBlock, decoder_layers
 
-__all__ = ["layer_fields", "remove_dropped_blocks", "renumbered"]
+__all__ = ["keep_layer_fields", "remove_dropped_blocks", "renumbered"]
 
 # What a configuration says about its layers, one by one or by number.
 _LAYER_FIELDS = (
@@ -49,13 +49,21 @@ def _is_dropped_block(spec: LinearizedLayer) -> bool:
     return (spec.kind, spec.method) == ("block", "drop")
 
 
-def layer_fields(config: PretrainedConfig) -> dict[str, Any]:
-    """Return what a configuration says about its layers, as written to its file."""
-    return {
-        name: value
-        for name in _LAYER_FIELDS
-        if (value := getattr(config, name, None)) is not None
-    }
+def keep_layer_fields(config: PretrainedConfig, content: dict[str, Any]) -> None:
+    """
+    Have a file say about the layers what the configuration says, if they differ.
+
+    :param config: that of the model
+    :param content: what is to be written to ``config.json``, changed in place
+    """
+    text = config.get_text_config()
+    for name in config.sub_configs:  # of a vision-language model
+        if getattr(config, name) is text:
+            content = content[name]
+    if content.get("num_hidden_layers") != text.num_hidden_layers:
+        for name in _LAYER_FIELDS:
+            if getattr(text, name, None) is not None:
+                content[name] = getattr(text, name)
 
 
 def remove_dropped_blocks(model: PreTrainedModel, architecture: Architecture) -> None:
@@ -69,7 +77,7 @@ def remove_dropped_blocks(model: PreTrainedModel, architecture: Architecture) ->
     kept = [index for index, layer in enumerate(layers) if not _passes_on(layer)]
     if len(kept) == len(layers):
         return
-    _shorten_config(model.config, kept)
+    _shorten_config(model.config.get_text_config(), kept)
     # A slice would make another list than the one that others may hold.
     for index in reversed(range(len(layers))):
         if _passes_on(layers[index]):

@@ -38,6 +38,8 @@ class KVCache:
         :param config: content of ``config.json``
         :raises ValueError: if the sizes are not in it
         """
+        # that of a vision-language model is nested
+        config = {**(config.get("text_config") or {}), **config}
         needed = ("num_hidden_layers", "num_attention_heads", "hidden_size")
         missing = [name for name in needed if not isinstance(config.get(name), int)]
         if missing or config.get("kv_lora_rank"):

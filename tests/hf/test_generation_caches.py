@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
     CompileConfig,
     DynamicCache,
     GenerationConfig,
@@ -61,12 +61,14 @@ def model_of(family: str, layers: str) -> Model:
     architecture = ARCHITECTURES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: Model = AutoModelForCausalLM.from_config(config).eval()
+        auto_class = getattr(transformers, architecture.auto_class)
+        model: Model = auto_class.from_config(config).eval()
+        hidden_size = config.get_text_config().hidden_size
         specs = {}
         for index in LAYERS.get(layers, []):
             inputs: Any = architecture.inputs
             specs[index] = LinearizedLayer(inputs[index % len(inputs)])
-            linear = nn.Linear(config.hidden_size, config.hidden_size)
+            linear = nn.Linear(hidden_size, hidden_size)
             layer = decoder_layers(model, architecture)[index]
             linearize_attention(layer, architecture, index, specs[index], linear)
     convert_in_place(model, architecture, specs)
