@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from nbl_modifier.architectures import ARCHITECTURES
-
 VOCAB_SIZE = 128
 MAX_LENGTH = 256
 SLIDING_WINDOW = 32
@@ -142,6 +140,8 @@ def save_tiny(
     :return: ``folder``
     """
     import transformers
+
+    from nbl_modifier.architectures import ARCHITECTURES
 
     auto_class = getattr(transformers, ARCHITECTURES[model_type].auto_class)
     with torch.random.fork_rng(devices=[]):
