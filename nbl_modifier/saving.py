@@ -178,14 +178,15 @@ def _write_recipe(directory: Path, earlier: tuple[tuple[str, Any], ...]) -> str:
     """
     path = directory / RECIPE_FILE_NAME
     *before, last = _stages(path.read_text(encoding="utf-8"))
-    stages = [*before, *earlier, last]
-    if len(stages) > 1:
-        stages = [
-            (f"{_STAGE_SUFFIX.sub('', name)}_{number}_stage", content)
-            for number, (name, content) in enumerate(stages)
-        ]
+    # The last one is empty for a model that was loaded and saved, not compressed again.
+    stages = [(name, run) for name, run in (*before, *earlier, last) if run]
+    numbered = len(stages) > 1
+    content = {
+        f"{_STAGE_SUFFIX.sub('', name)}{f'_{number}' if numbered else ''}_stage": run
+        for number, (name, run) in enumerate(stages)
+    }
     text = yaml.dump(
-        dict(stages),
+        content,
         allow_unicode=True,
         sort_keys=False,
         default_flow_style=None,

@@ -16,8 +16,8 @@ from tests.tiny_llama import linearized, load
 pytestmark = pytest.mark.usefixtures("one_thread", "pageable_cache")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-# demo.py is `make demo`, in two environments; test_train_demo_model.py is of the other.
-OTHERS = ("demo.py", "train_demo_model.py")
+# demo.py is `make demo`, in two environments; the others have a test file each.
+OTHERS = ("demo.py", "train_demo_model.py", "lora_recovery.py")
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.name not in OTHERS)
 
 

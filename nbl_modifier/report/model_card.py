@@ -27,7 +27,7 @@ linear map each{quantized}. Made with
 - class: `{architecture}`, `model_type` `nbl_{model_type}`
 - KV cache: {kept} of {k} layers keep one, {kv_percent:.1f} % of the base model's bytes
   per token, so {kv_ratio} the tokens fit in the same memory
-{quantization_line}\
+{quantization_line}{training_line}\
 - calibrated on {samples:,} sequences, {tokens:,} tokens, in {seconds:.1f} s
 
 ## Figures
@@ -122,6 +122,7 @@ def model_card(
         kv_percent=100 * report.kv_cache_fraction,
         kv_ratio=f"{report.num_hidden_layers / kept:.3g} times" if kept else "all",
         quantization_line=f"- quantization: {quantization}\n" if quantization else "",
+        training_line=f"- trained: {report.training}\n" if report.training else "",
         samples=report.num_calibration_samples,
         tokens=report.num_tokens,
         seconds=report.calibration_seconds,

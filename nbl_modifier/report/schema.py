@@ -117,6 +117,8 @@ class NBLReport:
     :param refit: whether the chosen layers were fitted again, on each other's output
     :param binding: the limit that ended the choice, in words
     :param heldout: perplexities on held-out windows, if there were any
+    :param training: how the weights were trained after the layers were replaced, in
+        words
     """
 
     format_version: int
@@ -140,6 +142,7 @@ class NBLReport:
     refit: bool = False
     binding: str | None = None
     heldout: HeldoutResult | None = None
+    training: str | None = None
 
     @property
     def num_replaced(self) -> int:
