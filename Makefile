@@ -13,7 +13,7 @@ COMPRESS := $(abspath $(VENV_ROOT)/compress)
 SERVE := $(abspath $(VENV_ROOT)/serve)
 COMPRESS_PY := $(COMPRESS)/bin/python
 SERVE_PY := $(SERVE)/bin/python
-EXTRAS := compress,eval,plot,dev
+EXTRAS := compress,lora,eval,plot,dev
 CODE := $(wildcard nbl_modifier tests integration_tests benchmarks examples)
 
 # vLLM's CPU build asks for PyTorch's "+cpu" build, which PyPI has for no Linux. It is

@@ -72,7 +72,7 @@ def test_compress_environment_pins_every_direct_dependency() -> None:
     """Nothing that pyproject.toml names is left to whatever is newest that day."""
     extras = PROJECT["optional-dependencies"]
     lines = list(PROJECT["dependencies"])
-    for extra in ("compress", "eval", "plot", "dev"):  # the Makefile's
+    for extra in ("compress", "lora", "eval", "plot", "dev"):  # the Makefile's
         lines += extras[extra]
     assert {Requirement(line).name for line in lines} == read_pins("compress").keys()
 
