@@ -8,7 +8,11 @@ arXiv:2505.21077, Algorithms 1 and 2): eigendecompositions of both covariances, 
 the whitened cross-covariance, and the inverse of C_xx for the weight. Both in torch,
 float64, alternating in one process; run as
 
-    python benchmarks/solver.py --d 2048
+    python benchmarks/solver.py --d 2048,4096
+    python benchmarks/solver.py --d 4096,8192,16384 --device cuda
+
+Beside widths of models that the paper calibrated stand its seconds per layer, on two
+A100.
 """
 
 import argparse
@@ -25,6 +29,9 @@ from nbl_modifier.numerics import (
     CovarianceStats,
     solve_attention,
 )
+
+# Seconds per layer of Llama-3.1-8B, -70B and -405B, from the paper.
+PAPER_SECONDS = {4096: 26.0, 8192: 78.9, 16384: 371.8}
 
 Solver = Callable[[CovarianceStats], tuple[Tensor, float]]
 
@@ -119,29 +126,52 @@ def measure(d: int, device: str, repeats: int) -> dict[str, Any]:
     }
 
 
+def row(result: dict[str, Any]) -> str:
+    """
+    Return one line of the table.
+
+    :param result: from :func:`measure`
+    """
+
+    def spread(values: list[float]) -> str:
+        median = statistics.median(values)
+        return f"{median:.3f} ({min(values):.3f}..{max(values):.3f})"
+
+    paper = PAPER_SECONDS.get(result["d"])
+    cells = [
+        f"{result['d']:,}",
+        spread(result["ours_seconds"]),
+        spread(result["reference_seconds"]),
+        f"{result['ratio']:.1f}",
+        "" if paper is None else f"{paper:.1f}",
+        f"{result['weight_difference']:.1e}",
+        f"{result['bound']:.4f}",
+        f"{result['bound_difference']:.1e}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
-    """Parse the command line, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--d", type=int, default=2048, help="width of x and y")
+    """Parse the command line, measure, print a markdown table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--d", default="2048", help="widths of x and y, a list")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    result = measure(args.d, args.device, args.repeats)
     print(
-        f"d={result['d']} float64 {result['device']}, "
-        f"{result['threads']} threads, {args.repeats} repeats, median (min..max)"
+        f"float64, {args.device}, {torch.get_num_threads()} threads, {args.repeats} "
+        "repeats: median (min..max). Differences: of the weight, relative, and of the "
+        "bound.\n"
     )
-    for name in ("ours", "reference"):
-        seconds = result[f"{name}_seconds"]
-        print(
-            f"{name:10s} {result[f'{name}_median_seconds']:8.3f} s "
-            f"({min(seconds):.3f}..{max(seconds):.3f})"
-        )
-    print(f"{'ratio':10s} {result['ratio']:8.1f} x")
     print(
-        f"weight differs by {result['weight_difference']:.1e} (relative), "
-        f"bound {result['bound']:.4f} by {result['bound_difference']:.1e}"
+        "| d | Cholesky, s | eigh + SVD + inverse, s | ratio | paper, s | dW | bound |"
+        " d bound |"
     )
+    print("|" + "---:|" * 8)
+    for d in map(int, args.d.split(",")):
+        print(row(measure(d, args.device, args.repeats)), flush=True)
 
 
 if __name__ == "__main__":

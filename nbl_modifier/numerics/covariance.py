@@ -6,6 +6,7 @@ products cost.
 """
 
 import math
+from collections.abc import Callable
 from typing import Self
 
 import torch
@@ -129,6 +130,43 @@ class CovarianceAccumulator:
             self._zeros(1, self._mean_x.shape[0]),
             self._zeros(1, self._mean_y.shape[0]),
         )
+        return self
+
+    def pool_(
+        self, add_up: Callable[[Tensor], object], collect: Callable[[Tensor], object]
+    ) -> Self:
+        """
+        Make this the accumulator of all processes' rows, in place.
+
+        Each process calls it on its own, all in the same order. The sums of squares are
+        moved to the common mean first, by the same identity as in :meth:`merge`, and
+        can then be added.
+
+        :param add_up: replaces a tensor, in every process, by its sum over all
+        :param collect: the same, but only one process needs the sum; elsewhere the
+            tensor is left undefined, and this accumulator with it
+        :return: self
+        """
+        count = self._zeros(1) + self._num_tokens
+        mean_x, mean_y = self._mean_x * count, self._mean_y * count
+        for total in (count, mean_x, mean_y):
+            add_up(total)
+        if int(count) == 0:
+            return self
+        mean_x, mean_y = mean_x / count, mean_y / count
+        weight = math.sqrt(self._num_tokens)
+        shift_x = ((self._mean_x - mean_x) * weight)[None]
+        shift_y = ((self._mean_y - mean_y) * weight)[None]
+        add_gram_(self._sum_xx, shift_x)
+        self._sum_yx.addmm_(shift_y.mT, shift_x)
+        self._sum_y2 += shift_y[0].square()
+        if self._sum_yy is not None:
+            add_gram_(self._sum_yy, shift_y)
+        for matrix in (self._sum_xx, self._sum_yx, self._sum_yy, self._sum_y2):
+            if matrix is not None:
+                collect(matrix)
+        self._mean_x, self._mean_y = mean_x, mean_y
+        self._num_tokens = int(count)
         return self
 
     def finalize(self) -> CovarianceStats:
