@@ -4,6 +4,7 @@ Means and centred covariances of (x, y) pairs: the one input of the LMMSE solver
 of the CCA bound, and what is kept of the calibration activations.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -107,6 +108,55 @@ class CovarianceStats:
             cov_yx=self.cov_yx + self.cov_xx,
             cov_yy=cov_yy,
             var_y=cov_yy.diagonal().clone(),
+        )
+
+    def merge(self, other: "CovarianceStats") -> "CovarianceStats":
+        """
+        Return the statistics of the tokens of both.
+
+        By the identity of :class:`CovarianceAccumulator`, from covariances instead of
+        sums: the same numbers, up to rounding, as if all had been seen together.
+
+        :param other: of other tokens; same widths and device, ``cov_yy`` in both or in
+            neither
+        :raises ValueError: if the widths differ, or only one has ``cov_yy``
+        """
+        if self.cov_yx.shape != other.cov_yx.shape or (self.cov_yy is None) != (
+            other.cov_yy is None
+        ):
+            raise ValueError(
+                "merge: expected the same widths and cov_yy in both or in neither, got "
+                f"{tuple(self.cov_yx.shape)} and {tuple(other.cov_yx.shape)}, cov_yy "
+                f"{self.cov_yy is not None} and {other.cov_yy is not None}."
+            )
+        total = self.num_tokens + other.num_tokens
+        part = other.num_tokens / total
+        shift_x, shift_y = other.mean_x - self.mean_x, other.mean_y - self.mean_y
+        mine = (self.num_tokens - 1) / (total - 1)
+        theirs = (other.num_tokens - 1) / (total - 1)
+        # What the means add, as one row: a product of equal factors stays symmetric.
+        weight = math.sqrt(part * self.num_tokens / (total - 1))
+        row_x, row_y = weight * shift_x, weight * shift_y
+
+        def add(name: str, left: Tensor, right: Tensor) -> Tensor:
+            return (
+                (getattr(self, name) * mine)
+                .add_(getattr(other, name), alpha=theirs)
+                .addr_(left, right)
+            )
+
+        cov_yy = None if self.cov_yy is None else add("cov_yy", row_y, row_y)
+        var_y = mine * self.var_y + theirs * other.var_y
+        return CovarianceStats(
+            num_tokens=total,
+            mean_x=self.mean_x + part * shift_x,
+            mean_y=self.mean_y + part * shift_y,
+            cov_xx=add("cov_xx", row_x, row_x),
+            cov_yx=add("cov_yx", row_y, row_x),
+            cov_yy=cov_yy,
+            var_y=var_y + row_y.square()
+            if cov_yy is None
+            else cov_yy.diagonal().clone(),
         )
 
     def to(self, device: torch.device | str) -> "CovarianceStats":
