@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from . import numerics
 from .architectures import Architecture
-from .capture import LayerStatistics, check_causal, valid_tokens
+from .capture import LayerMoments, LayerStatistics, check_causal, valid_tokens
 from .hf.configuration_nbl import LinearizedLayer
 from .preflight import check_num_tokens
-from .surgery import Replacement, weight_dtype
+from .store import StatisticsStore
+from .surgery import Replacement, execution_device, weight_dtype
 
 __all__ = ["Calibration", "Measurement"]
 
@@ -85,9 +86,13 @@ class Calibration:
     :param held_out: numbers of the batches that are not fitted on, only measure the
         error
     :param correlations: whether to measure the canonical correlations
+    :param measure_held_out: otherwise they are fitted on, too; they are only kept apart
+        in the store
     :param streams: residual stream by batch, ``[batch, tokens, d]``, that the estimator
         reads instead of the model's own. Its target becomes what leads from there to
         the model's own stream behind the layer
+    :param store: keeps the statistics of finished layers; those that it has already are
+        read instead of measured
     """
 
     def __init__(
@@ -102,7 +107,9 @@ class Calibration:
         keep: int,
         held_out: Collection[int] = (),
         correlations: bool = False,
+        measure_held_out: bool = True,
         streams: Mapping[int, Tensor] | None = None,
+        store: StatisticsStore | None = None,
     ) -> None:
         self.measured: dict[int, Measurement] = {}
         self.replacements: dict[int, Replacement] = {}
@@ -116,7 +123,9 @@ class Calibration:
         self._keep = keep
         self._held_out = held_out
         self._correlations = correlations
+        self._measure_held_out = measure_held_out
         self._streams = streams
+        self._store = store
         self._started_at = time.perf_counter()
         self._residuals: dict[int, tuple[int, Tensor]] = {}
         self._statistics: dict[int, LayerStatistics] = {}
@@ -139,6 +148,8 @@ class Calibration:
         :param index: the decoder layer
         :param register: ``HooksMixin.register_hook`` of who removes them again
         """
+        if self._store is not None and index in self._store:
+            return
         if self._architecture.input_norm is not None:
             norm = self._layers[index].get_submodule(self._architecture.input_norm)
             register(norm, partial(self._see_norm_input, state, index), "forward_pre")
@@ -223,10 +234,33 @@ class Calibration:
         :raises torch.linalg.LinAlgError: naming the layer, if it cannot be solved
         """
         finished = set(map(id, modules))
-        for index in sorted(self._statistics):
+        for index in sorted(self._layers):
             if id(self._attention(index)) in finished:
-                heldout = self._heldout.pop(index, None)
-                self._solve(index, self._statistics.pop(index), heldout)
+                self._finish(index)
+
+    def _finish(self, index: int) -> None:
+        """Turn statistics into moments, or read them, and solve."""
+        if self._store is not None and index in self._store:
+            device = execution_device(self._attention(index))
+            fit, heldout = (
+                None if moments is None else moments.to(device)
+                for moments in self._store.load(index)
+            )
+            assert fit is not None
+            self._solve(index, fit, heldout, 0.0)
+            return
+        statistics = self._statistics.pop(index, None)
+        if statistics is None:  # reported when calibration ends
+            return
+        held_out = self._heldout.pop(index, None)
+        try:
+            fit = statistics.finalize()
+            heldout = None if held_out is None else held_out.finalize()
+        except ValueError as err:
+            raise type(err)(f"{self._names[index]}: {err}") from err
+        if self._store is not None:
+            self._store.save(index, self._names[index], fit, heldout)
+        self._solve(index, fit, heldout, statistics.seconds)
 
     def _attention(self, index: int) -> nn.Module:
         return self._layers[index].get_submodule(self._architecture.attention)
@@ -239,29 +273,47 @@ class Calibration:
         normalized: Tensor = norm.forward(stream)  # past the hooks on it
         return normalized
 
+    def _fit_of(self, moments: LayerMoments) -> numerics.CovarianceStats:
+        """Return the moments of what the estimator reads, and of its target."""
+        if not self._normalized:
+            return moments.residual
+        assert moments.normalized is not None
+        return moments.normalized
+
     def _solve(
-        self, index: int, statistics: LayerStatistics, heldout: LayerStatistics | None
+        self,
+        index: int,
+        moments: LayerMoments,
+        heldout: LayerMoments | None,
+        seconds: float,
     ) -> None:
+        """
+        Measure and fit one layer.
+
+        :param moments: of the tokens to fit on
+        :param heldout: of those that are held out
+        :param seconds: that the moments took
+        """
         started_at = time.perf_counter()
         name = self._names[index]
-        check_num_tokens(name, statistics.num_tokens, statistics.hidden_size)
+        if heldout is not None and not self._measure_held_out:
+            moments, heldout = moments.merge(heldout), None
+        hidden_size = moments.residual.mean_x.numel()
+        check_num_tokens(name, moments.num_tokens, hidden_size)
         try:
-            residual, normalized = statistics.finalize()
-            solution = numerics.solve_attention(residual, self._dampening_frac)
-            linear_map, fit = solution.linear_map, residual
-            if normalized is not None:
-                fit = normalized
+            solution = numerics.solve_attention(moments.residual, self._dampening_frac)
+            linear_map, fit = solution.linear_map, self._fit_of(moments)
+            if self._normalized:
                 linear_map = numerics.solve_lmmse(fit, self._dampening_frac)
             nmse = numerics.nmse(fit, linear_map)
             correlations = None
             if self._correlations:
                 correlations = numerics.correlation_quantiles(
-                    residual.plus_input(), self._dampening_frac
+                    moments.residual.plus_input(), self._dampening_frac
                 )
             heldout_nmse = None
             if heldout is not None:
-                residual, normalized = heldout.finalize()
-                heldout_nmse = numerics.nmse(normalized or residual, linear_map)
+                heldout_nmse = numerics.nmse(self._fit_of(heldout), linear_map)
             # The layer goes on to scale what comes from the map, as it did attention.
             scale = self._output_scale(index)
             dtype = weight_dtype(self._attention(index))
@@ -274,7 +326,7 @@ class Calibration:
             raise type(err)(f"{name}: {err}") from err
         # The same error in another unit: only the variance it is divided by differs.
         variance_ratio = float(fit.var_y.sum()) / solution.residual_variance
-        expected = numerics.expected_nmse(nmse, fit.num_tokens, statistics.hidden_size)
+        expected = numerics.expected_nmse(nmse, fit.num_tokens, hidden_size)
         measurement = Measurement(
             num_tokens=fit.num_tokens,
             nmse=nmse,
@@ -282,9 +334,9 @@ class Calibration:
             heldout_nmse=heldout_nmse,
             residual_nmse=nmse * variance_ratio,
             cca_bound=solution.bound,
-            cosine=statistics.cosine_distance,
+            cosine=moments.cosine_distance,
             dampening_frac=linear_map.dampening_frac,
-            seconds=statistics.seconds + time.perf_counter() - started_at,
+            seconds=seconds + time.perf_counter() - started_at,
             canonical_correlations=correlations,
         )
         self.measured[index] = measurement

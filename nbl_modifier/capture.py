@@ -6,12 +6,15 @@ torch only; who registers the hooks is the modifier's business.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from .numerics import CovarianceAccumulator, CovarianceStats, NonFiniteError
 
-__all__ = ["LayerStatistics", "check_causal", "valid_tokens"]
+__all__ = ["LayerMoments", "LayerStatistics", "check_causal", "valid_tokens"]
 
 
 def check_causal(name: str, module: nn.Module, attention_mask: Tensor | None) -> None:
@@ -63,6 +66,47 @@ def valid_tokens(
     return valid
 
 
+@dataclass(frozen=True)
+class LayerMoments:
+    """
+    What is known of one attention layer when all its tokens have been seen.
+
+    :param residual: moments of (R, A), of the residual stream and what is added to it
+    :param normalized: moments of (norm(R), A), if the estimator reads that
+    :param cosine_distance: one minus the mean cosine similarity of R and R + A,
+        dimensionless, in [0, 2]; what attention DROP ranks layers by, He et al.,
+        arXiv:2406.15786
+    """
+
+    residual: CovarianceStats
+    normalized: CovarianceStats | None
+    cosine_distance: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen."""
+        return self.residual.num_tokens
+
+    def merge(self, other: LayerMoments) -> LayerMoments:
+        """Return the moments of both ones' tokens; ``other`` is of the same layer."""
+        normalized = None
+        if self.normalized is not None and other.normalized is not None:
+            normalized = self.normalized.merge(other.normalized)
+        total = self.num_tokens + other.num_tokens
+        cosines = sum(each.cosine_distance * each.num_tokens for each in (self, other))
+        return LayerMoments(
+            self.residual.merge(other.residual), normalized, cosines / total
+        )
+
+    def to(self, device: torch.device) -> LayerMoments:
+        """Return the moments on ``device``, which must support float64."""
+        return LayerMoments(
+            self.residual.to(device),
+            None if self.normalized is None else self.normalized.to(device),
+            self.cosine_distance,
+        )
+
+
 class LayerStatistics:
     """
     Moments of one attention layer, streamed batch by batch.
@@ -99,15 +143,6 @@ class LayerStatistics:
         """Rows accumulated so far."""
         return self._residual.num_tokens
 
-    @property
-    def cosine_distance(self) -> float:
-        """
-        One minus the mean cosine similarity of R and R + A, dimensionless, in [0, 2].
-
-        What attention DROP ranks layers by: He et al., arXiv:2406.15786.
-        """
-        return 1.0 - float(self._cosine_sum) / self.num_tokens
-
     def update(
         self, residual: Tensor, normalized: Tensor, output: Tensor, valid: Tensor | None
     ) -> None:
@@ -134,11 +169,27 @@ class LayerStatistics:
         except NonFiniteError as err:
             raise NonFiniteError(f"{self.name}: {err}") from err
 
-    def finalize(self) -> tuple[CovarianceStats, CovarianceStats | None]:
+    def pool_(
+        self, add_up: Callable[[Tensor], object], collect: Callable[[Tensor], object]
+    ) -> None:
         """
-        Return the moments of (R, A), and of (norm(R), A) if the estimator reads that.
+        Make this the statistics of all processes' tokens, in place.
+
+        :param add_up: see :meth:`CovarianceAccumulator.pool_`
+        :param collect: likewise; where it does not collect, this is left undefined
+        """
+        add_up(self._cosine_sum)
+        self._residual.pool_(add_up, collect)
+        if self._normalized is not None:
+            self._normalized.pool_(add_up, collect)
+
+    def finalize(self) -> LayerMoments:
+        """
+        Return the moments of all tokens so far.
 
         :raises ValueError: if fewer than 2 tokens were seen
         """
         normalized = None if self._normalized is None else self._normalized.finalize()
-        return self._residual.finalize(), normalized
+        residual = self._residual.finalize()
+        distance = 1.0 - float(self._cosine_sum) / self.num_tokens
+        return LayerMoments(residual, normalized, distance)

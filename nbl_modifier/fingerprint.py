@@ -44,29 +44,27 @@ def model_digest(model: PreTrainedModel) -> str:
 
 def data_digest(batches: Iterable[Mapping[str, Any]]) -> str:
     """
-    Return a digest of the tokens that are not masked, whatever their order in batches.
+    Return a digest of the tokens of all batches, in order, and of their masks.
 
     :param batches: with ``input_ids`` ``[batch, tokens]``, and ``attention_mask`` and
         ``loss_mask`` of the same shape where there are any
     :return: 16 hexadecimal digits
     """
-    rows: list[bytes] = []
+    digest = hashlib.sha256()
     for batch in batches:
-        columns = [
-            batch[name].long()
-            for name in ("input_ids", "attention_mask", "loss_mask")
-            if batch.get(name) is not None
-        ]
-        for row in torch.stack(columns, dim=1):
-            rows.append(hashlib.sha256(_bytes(row)).digest())
-    return hashlib.sha256(b"".join(sorted(rows))).hexdigest()[:_DIGITS]
+        for name in ("input_ids", "attention_mask", "loss_mask"):
+            tokens = batch.get(name)
+            if tokens is not None:
+                digest.update(f"{name} {tuple(tokens.shape)}".encode())
+                digest.update(_bytes(tokens.long()))
+    return digest.hexdigest()[:_DIGITS]
 
 
 def _sample(weight: Tensor) -> Tensor:
     flat = weight.detach().flatten()
     places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLES, flat.numel()))
-    return flat[places.long().to(flat.device)].cpu()
+    return flat[places.long().to(flat.device)]
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()

@@ -26,15 +26,16 @@ from .hf.modeling_nbl import decoder_layers
 from .preflight import (
     CalibrationData,
     candidate_layers,
-    check_calibration_data,
     check_input,
     check_model,
 )
 from .report.provenance import collect_versions, utc_timestamp
 from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
 from .report.tables import ranking_table
+from .reuse import Needs, open_sources
 from .search import Outcome, find_replacements
 from .selection import Budget, count_layers, explain
+from .store import StatisticsStore
 from .surgery import drop_restored_norms, replace
 from .upstream import (
     keep_causal_mask,
@@ -105,6 +106,11 @@ class NBLModifier(Modifier):
         dimensionless, >= 0. A singular C_xx is dampened further, which is reported
     :param canonical_correlations: whether the report holds quantiles of each layer's
         canonical correlations, which takes an SVD per layer
+    :param save_statistics: folder for the statistics of every layer, about
+        ``48 d^2`` bytes each (twice with the input norm's output); a calibration that
+        was interrupted goes on at the layer where it stopped
+    :param statistics: folder that such a run wrote, to be used instead of calibrating:
+        any other budget, criterion or dampening in the time it takes to solve
     """
 
     num_layers: int | None = Field(default=None, ge=1)
@@ -124,9 +130,11 @@ class NBLModifier(Modifier):
     input: Literal["residual", "normalized"] = "residual"
     dampening_frac: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     canonical_correlations: bool = False
+    save_statistics: str | None = None
+    statistics: str | None = None
 
     # A property of the class, not a choice: kept out of recipe.yaml.
-    requires_calibration_data: bool = Field(default=True, exclude=True, frozen=True)
+    requires_calibration_data: bool = Field(default=True, exclude=True)
 
     _architecture: Architecture = PrivateAttr()
     _candidates: dict[int, str] = PrivateAttr(default_factory=dict)
@@ -137,7 +145,9 @@ class NBLModifier(Modifier):
     _propagate_error: bool = PrivateAttr(default=True)
     _generator_state: Tensor = PrivateAttr()
     _data: CalibrationData | None = PrivateAttr(default=None)
+    _store: StatisticsStore | None = PrivateAttr(default=None)
     _num_samples: int = PrivateAttr(default=0)
+    _held_out: frozenset[int] = PrivateAttr(default=frozenset())
     _budget: Budget = PrivateAttr()
     _calibration: Calibration | None = PrivateAttr(default=None)
     _report: NBLReport | None = PrivateAttr(default=None)
@@ -179,6 +189,11 @@ class NBLModifier(Modifier):
                 "KV cache to free), or a limit, max_nmse or max_perplexity_increase, "
                 f"got {' and '.join(given) or 'neither'}."
             )
+        if self.statistics is not None and self.save_statistics is not None:
+            raise ValueError(
+                "NBLModifier.statistics says where to read statistics and "
+                "save_statistics where to write them. Give one of the two."
+            )
         if self.layers is not None and limiting:
             raise ValueError(
                 f"NBLModifier.layers says which layers to replace, so {limiting[0]} "
@@ -211,14 +226,7 @@ class NBLModifier(Modifier):
             self._earlier = model.config.linearized_layers()
             self._earlier_report = saving.report_of(model)
         self._candidates = self._choose_from(model)
-        data = check_calibration_data(
-            state.data.calib,
-            model.config.get_text_config().hidden_size,
-            self._holds_out,
-        )
-        self._num_samples = data.num_samples
-        if self._holds_out or self.refit or self.selection == "greedy":
-            self._data = data
+        self._open_sources(state)
         if oneshot is not None and oneshot.output_dir is not None:
             check_output_directory(oneshot.output_dir, self._architecture)
         keep_causal_mask()
@@ -248,6 +256,7 @@ class NBLModifier(Modifier):
         self._calibration = self._new_calibration(
             state.model,
             len(self._candidates) if all_of_them else self._budget.num_layers,
+            store=self._store,
         )
         for index in self._candidates:
             self._calibration.watch(state, index, self.register_hook)
@@ -332,6 +341,36 @@ class NBLModifier(Modifier):
             self._report = dataclasses.replace(self._report, recipe=recipe)
         return True
 
+    def _open_sources(self, state: State) -> None:
+        """Decide what to measure, and on what."""
+        runs_again = self.refit or self.selection == "greedy"
+        sources = open_sources(
+            state.model,
+            state.data.calib,
+            self._candidates,
+            Needs(
+                kind="attention",
+                input=self.input,
+                heldout_nmse=self.max_nmse is not None,
+                losses=self._measures_losses,
+                windows=runs_again,
+            ),
+            statistics=self.statistics,
+            save_statistics=self.save_statistics,
+        )
+        self._store = sources.store
+        self._num_samples = sources.data.num_samples
+        self._held_out = sources.data.held_out
+        if self._holds_out or runs_again:
+            self._data = sources.data
+            if not self._holds_out:
+                self._data = dataclasses.replace(sources.data, held_out=frozenset())
+        if sources.complete:  # the pipeline will not look at the data for us
+            masks = [b["loss_mask"] for b in sources.data.batches if "loss_mask" in b]
+            state.loss_masks = masks or None
+        # llm-compressor runs the model over the data only where a modifier asks for it.
+        self.requires_calibration_data = not sources.complete
+
     def _check_recipe(
         self, model: PreTrainedModel, kwargs: dict[str, Any]
     ) -> Followers | None:
@@ -353,7 +392,7 @@ class NBLModifier(Modifier):
         if self._dataset_args is None:
             return
         pipeline = str(self._dataset_args.pipeline).lower()
-        if pipeline == "datafree":
+        if pipeline == "datafree" and self.statistics is None:
             raise ValueError(
                 "NBLModifier needs calibration data, which pipeline='datafree' does "
                 "not pass. Use oneshot(pipeline='independent'), the default."
@@ -390,14 +429,19 @@ class NBLModifier(Modifier):
     @property
     def _holds_out(self) -> bool:
         """Whether something is measured on windows that are not fitted on."""
-        limits = (self.max_nmse, self.max_perplexity_increase)
-        return self.criterion == "loss" or any(limit is not None for limit in limits)
+        return self.max_nmse is not None or self._measures_losses
+
+    @property
+    def _measures_losses(self) -> bool:
+        """Whether the model runs over windows that are not fitted on."""
+        return self.criterion == "loss" or self.max_perplexity_increase is not None
 
     def _new_calibration(
         self,
         model: PreTrainedModel,
         keep: int,
         streams: Mapping[int, Tensor] | None = None,
+        store: StatisticsStore | None = None,
     ) -> Calibration:
         layers = decoder_layers(model, self._architecture)
         return Calibration(
@@ -408,9 +452,11 @@ class NBLModifier(Modifier):
             dampening_frac=self.dampening_frac,
             criterion=self.criterion,
             keep=keep,
-            held_out=self._data.held_out if self._data is not None else (),
             correlations=self.canonical_correlations,
+            held_out=self._held_out,
+            measure_held_out=self._holds_out,
             streams=streams,
+            store=store,
         )
 
     def _make_report(

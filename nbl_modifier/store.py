@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .capture import LayerMoments
@@ -26,6 +27,7 @@ __all__ = ["Origin", "StatisticsStore"]
 
 FORMAT_VERSION = 1
 _MANIFEST = "statistics.json"
+_WINDOWS = "heldout_windows.safetensors"
 _REMEDY = "Calibrate again into another folder"
 
 
@@ -158,13 +160,7 @@ class StatisticsStore:
                 if stats is not None:
                     metadata[f"{part}.num_tokens"] = str(stats.num_tokens)
                     tensors |= _tensors(f"{part}.{source}.", stats)
-        path = self._path(index)
-        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
-        try:
-            save_file(tensors, unfinished, metadata=metadata)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        _save_atomically(tensors, self._path(index), metadata)
 
     def load(self, index: int) -> tuple[LayerMoments, LayerMoments | None]:
         """
@@ -177,7 +173,7 @@ class StatisticsStore:
         try:
             with safe_open(path, "pt") as file:
                 metadata: dict[str, str] = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = load_file(path)
         except (SafetensorError, OSError) as err:
             raise ValueError(f"statistics {path}: cannot be read ({err}).") from err
         origin = json.loads(metadata["origin"])
@@ -191,8 +187,51 @@ class StatisticsStore:
             raise ValueError(f"statistics {path}: is empty. {_REMEDY}.")
         return fit, _moments("heldout", tensors, metadata)
 
+    def save_windows(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """
+        Write the held-out windows, so that losses can be measured without the data.
+
+        :param batches: what the model is called with
+        """
+        tensors = {
+            f"{number}.{name}": value.cpu().contiguous()
+            for number, batch in enumerate(batches)
+            for name, value in batch.items()
+            if isinstance(value, Tensor)
+        }
+        _save_atomically(tensors, self.folder / _WINDOWS, {})
+
+    def windows(self) -> list[dict[str, Tensor]]:
+        """
+        Return the held-out windows, batch by batch.
+
+        :raises ValueError: if there are none
+        """
+        path = self.folder / _WINDOWS
+        if not path.exists():
+            raise ValueError(
+                f"statistics {self.folder}: there is no {_WINDOWS}, nothing was held "
+                f"out. {_REMEDY}."
+            )
+        batches: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in load_file(path).items():
+            number, _, name = key.partition(".")
+            batches.setdefault(int(number), {})[name] = tensor
+        return [batches[number] for number in sorted(batches)]
+
     def _path(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.safetensors"
+
+
+def _save_atomically(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]
+) -> None:
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+    try:
+        save_file(tensors, unfinished, metadata=metadata)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _tensors(prefix: str, stats: CovarianceStats) -> dict[str, Tensor]:

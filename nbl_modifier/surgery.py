@@ -13,6 +13,7 @@ import torch
 from compressed_tensors.offload import (
     OffloadCache,
     get_cache_init_kwargs,
+    get_execution_device,
     get_offloaded_device,
     offload_module,
 )
@@ -25,6 +26,7 @@ from .hf.modeling_nbl import LowRankLinear, linearize_layer
 __all__ = [
     "Replacement",
     "drop_restored_norms",
+    "execution_device",
     "replace",
     "replaced",
     "weight_dtype",
@@ -66,6 +68,12 @@ def _linear(weight: Tensor, bias: Tensor | None, device: torch.device) -> nn.Lin
     if bias is not None:
         linear.bias = nn.Parameter(bias.to(device), requires_grad=False)
     return linear
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device that ``module`` computes on, wherever its weights are kept."""
+    device: torch.device = get_execution_device(module)
+    return device
 
 
 def weight_dtype(attention: nn.Module) -> torch.dtype:

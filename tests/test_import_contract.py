@@ -42,8 +42,8 @@ LAYERS = {
         " yaml vllm lm_eval",
     ),
     "modifier": Layer(
-        ours="search calibration composition saving smoothing preflight surgery"
-        " upstream report hf architectures selection",
+        ours="search reuse store calibration composition saving smoothing preflight"
+        " surgery upstream report hf architectures selection",
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
     "search": Layer(
@@ -61,9 +61,14 @@ LAYERS = {
     ),
     "forward": Layer(ours="windows hf architectures", packages="torch transformers"),
     "calibration": Layer(
-        ours="capture preflight surgery hf architectures numerics",
+        ours="store capture preflight surgery hf architectures numerics",
         packages="llmcompressor loguru torch",
     ),
+    "reuse": Layer(
+        ours="store fingerprint preflight", packages="loguru torch transformers"
+    ),
+    "store": Layer(ours="capture report numerics", packages="safetensors torch"),
+    "fingerprint": Layer(packages="torch transformers"),
     "saving": Layer(
         ours="upstream report hf architectures",
         packages="llmcompressor compressed_tensors transformers yaml",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nbl_modifier import NBLModifier, numerics
-from nbl_modifier.capture import LayerStatistics
+from nbl_modifier.capture import LayerMoments, LayerStatistics
 from tests.tiny_llama import compress, load, save_llama, token_rows
 from tests.work import CountCalls, PeakMemory, count_flops
 
@@ -103,9 +103,9 @@ def test_statistics_use_symmetry(normalized: bool, products: float) -> None:
 @pytest.mark.parametrize(("normalized", "factorizations"), [(False, 2), (True, 3)])
 def test_factorizations_per_layer(normalized: bool, factorizations: int) -> None:
     """C_xx and C_yy of the bound; C_xx of the map where that reads something else."""
-    residual, norm = accumulate(normalized).finalize()
+    moments = accumulate(normalized).finalize()
     with CountCalls() as counter:
-        solve(residual, norm)
+        solve(moments)
     calls = counter.calls
     assert calls["aten.linalg_cholesky_ex"] == factorizations
     for costly in ("linalg_eigh", "_linalg_eigh", "_linalg_svd", "linalg_inv_ex"):
@@ -121,18 +121,18 @@ def test_solving_takes_a_few_matrix_products(normalized: bool, cubes: float) -> 
     the normalized input), 2 for the product that measures the error. What is of order
     ``d^2`` is less than a hundredth of it here.
     """
-    residual, norm = accumulate(normalized).finalize()
+    moments = accumulate(normalized).finalize()
     with count_flops() as counter:
-        solve(residual, norm)
+        solve(moments)
     assert counter.get_total_flops() / WIDTH**3 == pytest.approx(cubes, rel=0.01)
 
 
-def solve(residual: Any, normalized: Any) -> None:
+def solve(moments: LayerMoments) -> None:
     """What calibration asks of one layer's statistics."""
-    linear_map = numerics.solve_attention(residual).linear_map
-    if normalized is not None:
-        linear_map = numerics.solve_lmmse(normalized)
-    numerics.nmse(normalized or residual, linear_map)
+    linear_map = numerics.solve_attention(moments.residual).linear_map
+    if moments.normalized is not None:
+        linear_map = numerics.solve_lmmse(moments.normalized)
+    numerics.nmse(moments.normalized or moments.residual, linear_map)
 
 
 @pytest.mark.parametrize(("normalized", "matrices"), [(False, 3), (True, 5)])
@@ -154,7 +154,7 @@ def test_memory_to_solve_one_layer(normalized: bool, matrices: int) -> None:
     """Moments, factors and temporaries, besides the sums they are made from."""
     statistics = accumulate(normalized)
     with PeakMemory() as memory:
-        solve(*statistics.finalize())
+        solve(statistics.finalize())
     assert memory.peak <= matrices * WIDTH**2 * 8 + 64 * WIDTH * 8
 
 

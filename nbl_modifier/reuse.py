@@ -1,0 +1,144 @@
+"""Where the statistics of a run come from: calibration data, a folder, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loguru import logger
+from transformers import PreTrainedModel
+
+from .fingerprint import data_digest, model_digest
+from .preflight import CalibrationData, check_calibration_data
+from .store import Origin, StatisticsStore
+
+__all__ = ["Needs", "Sources", "open_sources"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """
+    What a run measures on.
+
+    :param data: the calibration set; with statistics to reuse its held-out windows
+    :param store: where statistics are read from and written to, or None
+    :param complete: whether the store has all that is needed of every layer
+    """
+
+    data: CalibrationData
+    store: StatisticsStore | None
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """
+    What a run is going to ask for.
+
+    :param kind: part of the layers, ``attention`` or ``block``
+    :param input: ``residual`` or ``normalized``
+    :param heldout_nmse: errors on tokens that are not fitted on
+    :param losses: losses on windows that are not fitted on
+    :param windows: the model run again over all windows
+    """
+
+    kind: str
+    input: str
+    heldout_nmse: bool
+    losses: bool
+    windows: bool
+
+
+def open_sources(
+    model: PreTrainedModel,
+    batches: Iterable[Any] | None,
+    candidates: Mapping[int, str],
+    needs: Needs,
+    *,
+    statistics: str | None,
+    save_statistics: str | None,
+) -> Sources:
+    """
+    Return what the run measures on, checked.
+
+    :param model: the causal language model
+    :param batches: the calibration dataloader; may be None with ``statistics``
+    :param candidates: names of the modules to measure, by decoder layer index
+    :param needs: what the run is going to ask for
+    :param statistics: folder to read from
+    :param save_statistics: folder to write to
+    :raises ValueError: if data or statistics are missing, do not fit each other or the
+        model, or do not hold what is needed
+    """
+    if statistics is not None:
+        return _reused(model, batches, candidates, needs, statistics)
+    hold_out = needs.heldout_nmse or needs.losses
+    data = check_calibration_data(
+        batches,
+        model.config.get_text_config().hidden_size,
+        hold_out or save_statistics is not None,
+    )
+    if save_statistics is None:
+        return Sources(data, None, complete=False)
+    store = StatisticsStore.create(
+        save_statistics,
+        _origin(model, data.num_samples, data_digest(data.batches), needs),
+    )
+    store.save_windows([data.batches[number] for number in sorted(data.held_out)])
+    found = [index for index in candidates if index in store]
+    if found:
+        logger.info(
+            "{}: statistics of {} of {} layers are read, not measured again",
+            save_statistics,
+            len(found),
+            len(candidates),
+        )
+    return Sources(data, store, complete=len(found) == len(candidates))
+
+
+def _reused(
+    model: PreTrainedModel,
+    batches: Iterable[Any] | None,
+    candidates: Mapping[int, str],
+    needs: Needs,
+    folder: str,
+) -> Sources:
+    store = StatisticsStore.open(folder)
+    data, digest = None, ""
+    if batches is not None:
+        data = check_calibration_data(
+            batches, model.config.get_text_config().hidden_size, hold_out=True
+        )
+        digest = data_digest(data.batches)
+    elif needs.windows:
+        raise ValueError(
+            f"statistics {folder}: selection: greedy and refit run the model over the "
+            "calibration windows again. Pass the dataset, too, or leave them out."
+        )
+    store.check(_origin(model, store.origin.num_samples, digest, needs))
+    missing = [name for index, name in candidates.items() if index not in store]
+    if missing:
+        raise ValueError(
+            f"statistics {folder}: there are none of {missing[0]} ({len(missing)} such "
+            "layers). Calibrate with save_statistics set to this folder, which goes on "
+            "where it was interrupted."
+        )
+    if data is None:
+        windows = store.windows() if needs.losses else []
+        held_out = frozenset(range(len(windows)))
+        data = CalibrationData(list(windows), store.origin.num_samples, held_out)
+    return Sources(replace(data, num_samples=store.origin.num_samples), store, True)
+
+
+def _origin(
+    model: PreTrainedModel, num_samples: int, digest: str, needs: Needs
+) -> Origin:
+    return Origin(
+        model=model.config._name_or_path,
+        model_digest=model_digest(model),
+        data_digest=digest,
+        num_samples=num_samples,
+        kind=needs.kind,
+        input=needs.input,
+    )
