@@ -137,7 +137,7 @@ def _scatter(
         ]
         yield FigureItem(
             partial(scatter_figure, points, x_label, y_label),
-            f"{y_label}, over {x_label}. Bars are one standard error, where known.",
+            "Bars are one standard error, where one is known.",
         )
         rows = [
             (model, _number(*horizontal[model]), _cell(metric))

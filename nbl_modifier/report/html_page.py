@@ -57,6 +57,7 @@ th, td { padding: .28rem .8rem; text-align: left; vertical-align: top; }
 th { color: var(--muted); font-weight: 600; border-bottom: 1px solid var(--kept);
   vertical-align: bottom; }
 td { border-bottom: 1px solid var(--grid); }
+td:first-child { white-space: nowrap; }
 .number { text-align: right; white-space: nowrap; }
 .marked td { background: var(--chosen-row); }
 .marked td:first-child { box-shadow: inset 3px 0 0 var(--chosen); font-weight: 600; }
