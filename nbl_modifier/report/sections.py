@@ -20,6 +20,7 @@ from .comparisons import (
 )
 from .kv_tables import kv_cache_section
 from .plots import correlations_figure, quantile_of, ranking_figure
+from .schema import NBLReport
 
 __all__ = ["group_sections"]
 
@@ -67,7 +68,7 @@ def _checkpoints(group: ModelGroup) -> Iterator[Item]:
                 checkpoint.name,
                 f"{report.num_replaced} of {report.num_hidden_layers}",
                 ", ".join(map(str, report.selected_layers)),
-                report.criterion,
+                _method(report),
                 report.input,
                 f"{report.kv_cache_fraction:.1%}",
                 f"{report.num_tokens:,}",
@@ -79,6 +80,13 @@ def _checkpoints(group: ModelGroup) -> Iterator[Item]:
         *("KV cache per token", "calibration tokens", "seconds"),
     )
     yield Table(header, rows)
+
+
+def _method(report: NBLReport) -> str:
+    """Return how layers were chosen and fitted, where not as in the paper."""
+    words = [report.criterion]
+    words += [report.selection] if report.selection != "one_shot" else []
+    return ", ".join([*words, "refit"] if report.refit else words)
 
 
 def _per_checkpoint(

@@ -256,6 +256,15 @@ def test_measurements_alone_make_a_page(tmp_path: Path) -> None:
     assert len(page.rows["Quality"]) == 3
 
 
+def test_departures_from_the_paper_are_named(tmp_path: Path) -> None:
+    fields = {"criterion": "loss", "selection": "greedy", "refit": True}
+    write_checkpoint(tmp_path / "a", [2])
+    write_checkpoint(tmp_path / "b", [0, 2], **fields)
+    page, _ = run(tmp_path / "r.html", tmp_path)
+    criteria = [row[3] for row in page.rows["Checkpoints"][1:]]
+    assert criteria == ["cca_bound", "loss, greedy, refit"]
+
+
 def test_same_ranking_is_said_once(tmp_path: Path) -> None:
     for name in ("dense", "quantized"):
         write_checkpoint(tmp_path / name, [2])
