@@ -26,6 +26,16 @@ __all__ = ["group_sections"]
 
 # Fields of LayerResult that a ranking can follow, lowest first.
 _CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss")
+# Columns of the ranking: field and format, where it was measured.
+_MEASURED = {
+    "bound": ("cca_bound", ".3f"),
+    "NMSE": ("nmse", ".4f"),
+    "held-out NMSE": ("heldout_nmse", ".4f"),
+    "residual NMSE": ("residual_nmse", ".5f"),
+    "cosine": ("cosine", ".5f"),
+    "loss": ("loss", ".5f"),
+    "score": ("score", ".5g"),
+}
 _NO_CORRELATIONS = (
     "Not stored in this report: they cost many times what the ranking does. "
     "`NBLModifier: {canonical_correlations: true}` in the recipe stores them."
@@ -120,20 +130,19 @@ def _ranking(checkpoint: Checkpoint) -> Iterator[Item]:
         f"Bound and NMSE of every measured layer; numbers above the bars are places in "
         f"the ranking by {report.criterion}.",
     )
-    header = ("rank", "layer", "bound", "NMSE", "residual NMSE", "score", "replaced")
-    rows = [
-        (
-            str(layer.rank),
-            str(layer.index),
-            f"{layer.cca_bound:.3f}",
-            f"{layer.nmse:.4f}",
-            f"{layer.residual_nmse:.5f}",
-            f"{layer.score:.5g}",
-            "yes" if layer.selected else "",
-        )
-        for layer in report.ranking
-    ]
+    columns = {
+        name: (field, digits)
+        for name, (field, digits) in _MEASURED.items()
+        if any(getattr(layer, field) is not None for layer in report.layers)
+    }
+    rows = []
+    for layer in report.ranking:
+        values = ((getattr(layer, field), digits) for field, digits in columns.values())
+        cells = ("" if value is None else f"{value:{d}}" for value, d in values)
+        replaced = "yes" if layer.selected else ""
+        rows.append((str(layer.rank), str(layer.index), *cells, replaced))
     marked = (i for i, layer in enumerate(report.ranking) if layer.selected)
+    header = ("rank", "layer", *columns, "replaced")
     yield Table(header, rows, frozenset(marked))
 
 

@@ -256,6 +256,24 @@ def test_measurements_alone_make_a_page(tmp_path: Path) -> None:
     assert len(page.rows["Quality"]) == 3
 
 
+def test_what_was_measured_in_addition_has_its_column(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", [2])
+    path = tmp_path / "a" / "nbl_report.json"
+    fields = json.loads(path.read_text())
+    for layer in fields["layers"]:
+        layer |= {"cosine": 0.25, "loss": 0.5 if layer["index"] == 2 else None}
+    path.write_text(json.dumps(fields))
+    page, _ = run(tmp_path / "r.html", tmp_path)
+    header, *rows = page.rows["Ranking"]
+    assert header[5:] == ["cosine", "loss", "score", "replaced"]
+    assert [row[5:7] for row in rows] == [
+        ["0.25000", "0.50000"],
+        *[["0.25000", ""]] * 3,
+    ]
+    criteria = [row[0] for row in page.rows["Layers chosen by each criterion"][1:]]
+    assert criteria == ["cca_bound", "nmse", "residual_nmse", "cosine"]
+
+
 def test_departures_from_the_paper_are_named(tmp_path: Path) -> None:
     fields = {"criterion": "loss", "selection": "greedy", "refit": True}
     write_checkpoint(tmp_path / "a", [2])
