@@ -8,6 +8,7 @@ and copied beside checkpoints that carry their own modelling code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 __all__ = ["ARCHITECTURES", "Architecture", "architecture_of"]
 
@@ -82,7 +83,7 @@ class Architecture:
         return f"{self.layer_name(index)}.{self.attention}"
 
     @property
-    def inputs(self) -> tuple[str, ...]:
+    def inputs(self) -> tuple[Literal["residual", "normalized"], ...]:
         """
         What a linear layer of this family can read, ``residual``, ``normalized``.
 

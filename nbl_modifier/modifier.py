@@ -46,6 +46,11 @@ from .upstream import (
 
 __all__ = ["NBLModifier"]
 
+# Fields that a preset sets; how they were found is in docs/selection.md.
+_PRESETS: dict[str | None, dict[str, Any]] = {
+    "best": {"criterion": "loss", "refit": True, "input": "normalized"},
+}
+
 
 class NBLModifier(Modifier):
     """
@@ -102,6 +107,8 @@ class NBLModifier(Modifier):
     :param input: what the linear layer reads: the ``residual`` stream (the paper's; the
         input norm is folded into the map and removed) or the output of the input norm
         (``normalized``)
+    :param preset: ``best`` fills in the settings that keep most of the model's quality,
+        see docs/selection.md, for fields that are not given
     :param dampening_frac: added to the diagonal of C_xx, as a fraction of its mean;
         dimensionless, >= 0. A singular C_xx is dampened further, which is reported
     :param canonical_correlations: whether the report holds quantiles of each layer's
@@ -128,6 +135,7 @@ class NBLModifier(Modifier):
     selection: Literal["one_shot", "greedy"] = "one_shot"
     refit: bool = False
     input: Literal["residual", "normalized"] = "residual"
+    preset: Literal["best"] | None = None
     dampening_frac: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     canonical_correlations: bool = False
     save_statistics: str | None = None
@@ -136,6 +144,7 @@ class NBLModifier(Modifier):
     # A property of the class, not a choice: kept out of recipe.yaml.
     requires_calibration_data: bool = Field(default=True, exclude=True)
 
+    _filled_in: set[str] = PrivateAttr(default_factory=set)
     _architecture: Architecture = PrivateAttr()
     _candidates: dict[int, str] = PrivateAttr(default_factory=dict)
     _earlier: dict[int, LinearizedLayer] = PrivateAttr(default_factory=dict)
@@ -175,6 +184,22 @@ class NBLModifier(Modifier):
                 f"{layers}."
             )
         return sorted(layers)
+
+    @model_validator(mode="after")
+    def _fill_in_preset(self) -> Self:
+        for name, value in _PRESETS.get(self.preset, {}).items():
+            if name not in self.model_fields_set:
+                setattr(self, name, value)
+                self._filled_in.add(name)
+            elif getattr(self, name) != value:
+                logger.info(
+                    "NBLModifier.{}: {!r} as given, not {!r} of preset {!r}",
+                    name,
+                    getattr(self, name),
+                    value,
+                    self.preset,
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
@@ -221,6 +246,9 @@ class NBLModifier(Modifier):
             self._dataset_args = oneshot.dataset_args
         self._followers = self._check_recipe(model, kwargs)
         self._architecture = check_model(model)
+        if "input" in self._filled_in and self.input not in self._architecture.inputs:
+            (self.input,) = self._architecture.inputs
+            logger.info("NBLModifier.input: {!r}, what this family has", self.input)
         check_input(self._architecture, self.input)
         if isinstance(model.config, NBLConfigMixin):
             self._earlier = model.config.linearized_layers()
@@ -310,6 +338,7 @@ class NBLModifier(Modifier):
         )
         report = self._report = self._make_report(model, calibration, outcome)
         logger.info("NBL ranking\n{}", ranking_table(report))
+        logger.info("NBL replaces {}: {}", sorted(outcome.replacements), report.binding)
         layers = decoder_layers(model, self._architecture)
         replace(layers, self._architecture, outcome.replacements)
         # From here on the model must not be saved as what it no longer is, not even

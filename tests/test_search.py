@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from loguru import logger
 
 from nbl_modifier import NBLModifier, data
 from nbl_modifier.report.schema import LayerResult, NBLReport
+from tests.followers import TinyModels
 from tests.numerics import oracle
 from tests.test_modifier import activations, assert_map
 from tests.tiny_llama import (
@@ -73,6 +75,15 @@ def windows() -> Dataset:
     """Return Python source for the demo model, to which every replacement does harm."""
     texts = data.stdlib_texts("calibration")
     return data.pack(texts, demo_tokenizer(), seq_length=128, num_sequences=16)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """Collect what is logged."""
+    messages: list[str] = []
+    sink = logger.add(lambda message: messages.append(message.record["message"]))
+    yield messages
+    logger.remove(sink)
 
 
 # --- criteria -------------------------------------------------------------------------
@@ -462,3 +473,43 @@ def test_refit_helps_a_trained_model() -> None:
     assert report.heldout is not None
     assert report.heldout.refitted is not None
     assert report.heldout.refitted < 0.99 * report.heldout.replaced
+
+
+# --- presets --------------------------------------------------------------------------
+
+
+def test_preset_fills_in_what_is_not_given(llama: Path, rows: Dataset) -> None:
+    modifier = NBLModifier(num_layers=2, preset="best")
+    assert (modifier.criterion, modifier.refit) == ("loss", True)
+    model, report = run(llama, rows, num_layers=2, preset="best")
+    spelled_out = {
+        name: getattr(modifier, name)
+        for name in ("criterion", "selection", "refit", "input", "dampening_frac")
+    }
+    same, _ = run(llama, rows, num_layers=2, **spelled_out)
+    assert linearized(model) == linearized(same) == report.selected_layers
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, same.state_dict()[name]), name
+
+
+def test_given_fields_win_over_the_preset(logged: list[str]) -> None:
+    modifier = NBLModifier(num_layers=2, preset="best", criterion="nmse", refit=True)
+    assert modifier.criterion == "nmse"
+    assert modifier.refit
+    assert [text for text in logged if "preset 'best'" in text] == [
+        "NBLModifier.criterion: 'nmse' as given, not 'loss' of preset 'best'"
+    ]
+
+
+def test_preset_takes_the_input_that_a_family_has(
+    tiny_models: TinyModels, rows: Dataset
+) -> None:
+    recipe = NBLModifier(num_layers=1, preset="best")
+    compress(load(tiny_models("olmo2")), recipe, rows)
+    assert recipe.input == "residual"
+    with pytest.raises(ValueError, match="Use input: residual"):
+        compress(
+            load(tiny_models("olmo2")),
+            NBLModifier(num_layers=1, preset="best", input="normalized"),
+            rows,
+        )

@@ -3,9 +3,19 @@
 
 from collections.abc import Sequence
 
-from .schema import LayerResult, NBLReport
+from .schema import HeldoutResult, NBLReport
 
-_HEADER = ("rank", "layer", "bound", "NMSE", "residual NMSE", "tokens", "replaced")
+# The columns, and how a value is written; those without a value anywhere are left out.
+_COLUMNS: dict[str, tuple[str, str]] = {
+    "rank": ("rank", ""),
+    "layer": ("index", ""),
+    "bound": ("cca_bound", ".3f"),
+    "NMSE": ("nmse", ".4f"),
+    "held-out NMSE": ("heldout_nmse", ".4f"),
+    "residual NMSE": ("residual_nmse", ".5f"),
+    "loss": ("loss", "+.4f"),
+    "tokens": ("num_tokens", ","),
+}
 
 
 def ranking_table(report: NBLReport) -> str:
@@ -15,11 +25,12 @@ def ranking_table(report: NBLReport) -> str:
     :param report: a finished run
     :return: several lines without a trailing newline; chosen layers carry ``yes``
     """
-    rows = [_HEADER, *(_row(layer) for layer in report.ranking)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
+    header, *cells = _cells(report)
+    rows = [header, *cells]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
     lines = [_aligned(row, widths) for row in rows]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([_summary(report), "", *lines])
+    return "\n".join([*_summary(report), "", *lines])
 
 
 def markdown_table(report: NBLReport) -> str:
@@ -28,28 +39,34 @@ def markdown_table(report: NBLReport) -> str:
 
     :param report: a finished run
     """
+    header, *rows = _cells(report)
     lines = [
-        "| " + " | ".join(_HEADER) + " |",
-        "|" + "---:|" * (len(_HEADER) - 1) + ":---|",
+        "| " + " | ".join(header) + " |",
+        "|" + "---:|" * (len(header) - 1) + ":---|",
     ]
-    for layer in report.ranking:
-        cells = _row(layer)
+    for layer, cells in zip(report.ranking, rows, strict=True):
         if layer.selected:
-            cells = (cells[0], f"**{cells[1]}**", *cells[2:])
+            cells = [cells[0], f"**{cells[1]}**", *cells[2:]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _row(layer: LayerResult) -> tuple[str, ...]:
-    return (
-        str(layer.rank),
-        str(layer.index),
-        f"{layer.cca_bound:.3f}",
-        f"{layer.nmse:.4f}",
-        f"{layer.residual_nmse:.5f}",
-        f"{layer.num_tokens:,}",
-        "yes" if layer.selected else "",
-    )
+def _cells(report: NBLReport) -> list[list[str]]:
+    """Return the table, its header first."""
+    columns = [
+        (header, name, form)
+        for header, (name, form) in _COLUMNS.items()
+        if any(getattr(layer, name) is not None for layer in report.layers)
+    ]
+    rows = [[*(header for header, _, _ in columns), "replaced"]]
+    for layer in report.ranking:
+        cells = [_cell(getattr(layer, name), form) for _, name, form in columns]
+        rows.append([*cells, "yes" if layer.selected else ""])
+    return rows
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
@@ -59,9 +76,27 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(cells).rstrip()
 
 
-def _summary(report: NBLReport) -> str:
-    return (
+def _summary(report: NBLReport) -> list[str]:
+    """Return what was done, and on what grounds."""
+    greedily = ", greedily" if report.selection == "greedy" else ""
+    refitted = ", refitted" if report.refit else ""
+    lines = [
         f"NBL on {report.model}: {report.num_replaced} of {report.num_hidden_layers} "
-        f"attention layers replaced, ranked by {report.criterion}, "
+        f"attention layers replaced{refitted}, ranked by {report.criterion}{greedily}, "
         f"input {report.input}"
+    ]
+    if report.heldout is not None:
+        lines.append(_heldout(report.heldout))
+    return lines
+
+
+def _heldout(heldout: HeldoutResult) -> str:
+    text = (
+        f"perplexity on {heldout.num_windows} held-out windows "
+        f"({heldout.num_tokens:,} tokens): {heldout.base:.3f} before, "
+        f"{heldout.replaced:.3f} after ({heldout.replaced / heldout.base - 1:+.2%})"
     )
+    if heldout.refitted is None:
+        return text
+    change = heldout.refitted / heldout.base - 1
+    return f"{text}, {heldout.refitted:.3f} refitted ({change:+.2%})"

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ranking as text: order, numbers, marks, alignment."""
 
+import dataclasses
 import re
 
+from nbl_modifier.report.schema import HeldoutResult
 from nbl_modifier.report.tables import markdown_table, ranking_table
 from tests.report.report_factory import make_report
 
@@ -36,3 +38,30 @@ def test_markdown_table_has_one_row_per_layer_and_bold_chosen_ones() -> None:
     assert len(rows) == 4
     assert rows[0].startswith("| 1 | **2** | 1.250 |")
     assert rows[2].startswith("| 3 | 3 | 4.000 |")
+
+
+def test_what_was_measured_on_held_out_windows_is_shown() -> None:
+    report = make_report()
+    layers = [
+        dataclasses.replace(layer, loss=0.25, heldout_nmse=0.5)
+        for layer in report.layers[:-1]
+    ] + report.layers[-1:]
+    heldout = HeldoutResult(8, 1000, base=10.0, path=[None], replaced=12.0)
+    report = dataclasses.replace(report, layers=layers, heldout=heldout)
+    _, perplexity, _, header, _, *rows = ranking_table(report).splitlines()
+    assert perplexity == (
+        "perplexity on 8 held-out windows (1,000 tokens): 10.000 before, 12.000 after "
+        "(+20.00%)"
+    )
+    assert "held-out NMSE" in header
+    assert sum("+0.2500" in row for row in rows) == len(rows) - 1
+    assert (
+        len({len(row.split(" | ")) for row in markdown_table(report).split("\n")}) <= 2
+    )
+    heldout = dataclasses.replace(heldout, refitted=11.0)
+    report = dataclasses.replace(
+        report, heldout=heldout, refit=True, selection="greedy"
+    )
+    summary, perplexity, *_ = ranking_table(report).splitlines()
+    assert "replaced, refitted, ranked by cca_bound, greedily" in summary
+    assert perplexity.endswith("11.000 refitted (+10.00%)")
