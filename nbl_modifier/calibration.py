@@ -4,10 +4,11 @@ One calibration pass over the attention layers: hooks in, solved linear maps out
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from . import numerics
 from .architectures import Architecture
 from .capture import LayerMoments, LayerStatistics, check_causal, valid_tokens
+from .distributed import Ranks
 from .hf.configuration_nbl import LinearizedLayer
 from .preflight import check_num_tokens
 from .store import StatisticsStore
@@ -93,6 +95,7 @@ class Calibration:
         the model's own stream behind the layer
     :param store: keeps the statistics of finished layers; those that it has already are
         read instead of measured
+    :param ranks: the processes of the run; those of ``torch.distributed`` if not given
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Calibration:
         measure_held_out: bool = True,
         streams: Mapping[int, Tensor] | None = None,
         store: StatisticsStore | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.measured: dict[int, Measurement] = {}
         self.replacements: dict[int, Replacement] = {}
@@ -126,6 +130,12 @@ class Calibration:
         self._measure_held_out = measure_held_out
         self._streams = streams
         self._store = store
+        self._ranks = ranks or Ranks()
+        self._stored = frozenset(i for i in layers if store is not None and i in store)
+        self._failure: Exception | None = None
+        self._pending: dict[
+            int, tuple[LayerStatistics, LayerStatistics | None] | None
+        ] = {}
         self._started_at = time.perf_counter()
         self._residuals: dict[int, tuple[int, Tensor]] = {}
         self._statistics: dict[int, LayerStatistics] = {}
@@ -148,13 +158,23 @@ class Calibration:
         :param index: the decoder layer
         :param register: ``HooksMixin.register_hook`` of who removes them again
         """
-        if self._store is not None and index in self._store:
+        if index in self._stored:
             return
         if self._architecture.input_norm is not None:
             norm = self._layers[index].get_submodule(self._architecture.input_norm)
             register(norm, partial(self._see_norm_input, state, index), "forward_pre")
-        see = partial(self._see_attention, state, index)
+        see = self._guarded(partial(self._see_attention, state, index))
         register(self._attention(index), see, "forward", with_kwargs=True)
+
+    def _guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
+        """Return the hook, made to stop after a failure that is yet to be told."""
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            if self._failure is None:
+                with self._failing():
+                    hook(*args, **kwargs)
+
+        return run
 
     def _see_norm_input(
         self, state: State, index: int, _module: nn.Module, args: tuple[Any, ...]
@@ -234,25 +254,76 @@ class Calibration:
         :raises torch.linalg.LinAlgError: naming the layer, if it cannot be solved
         """
         finished = set(map(id, modules))
-        for index in sorted(self._layers):
+        for position, index in enumerate(sorted(self._layers)):
             if id(self._attention(index)) in finished:
-                self._finish(index)
+                self._finish(index, self._ranks.owner(position))
+                if (position + 1) % self._ranks.size == 0:  # every process has one
+                    self._solve_pending()
 
-    def _finish(self, index: int) -> None:
-        """Turn statistics into moments, or read them, and solve."""
-        if self._store is not None and index in self._store:
-            device = execution_device(self._attention(index))
-            fit, heldout = (
-                None if moments is None else moments.to(device)
-                for moments in self._store.load(index)
-            )
-            assert fit is not None
-            self._solve(index, fit, heldout, 0.0)
+    def finish(self) -> None:
+        """
+        Solve what is left, and let every process know all results.
+
+        :raises ValueError: as :meth:`solve_finished`
+        :raises RuntimeError: if another process has failed
+        """
+        self._solve_pending()
+        self._ranks.check(self._failure)
+        if self._ranks.alone:
+            return
+        mine = self.measured
+        self.measured = self._ranks.merge(mine)
+        owners = self._ranks.merge(dict.fromkeys(mine, self._ranks.rank))
+        scores = self.scores()
+        best = sorted(scores, key=lambda index: (scores[index], index))[: self._keep]
+        self.replacements = {
+            index: self._ranks.send(self.replacements.get(index), owners[index])
+            for index in best
+        }
+
+    def _finish(self, index: int, owner: int) -> None:
+        """Gather the statistics of one layer in the process that solves it."""
+        if index in self._stored:
+            if owner == self._ranks.rank:
+                self._pending[index] = None
             return
         statistics = self._statistics.pop(index, None)
-        if statistics is None:  # reported when calibration ends
-            return
         held_out = self._heldout.pop(index, None)
+        if statistics is None and self._ranks.alone:
+            return  # reported when calibration ends
+        if statistics is None and self._failure is None:
+            self._failure = RuntimeError(f"{self._names[index]}: has seen no data")
+        self._ranks.check(self._failure)
+        assert statistics is not None
+        for each in (statistics, held_out):
+            if each is not None:
+                self._ranks.pool(each, owner)
+        if owner == self._ranks.rank:
+            self._pending[index] = statistics, held_out
+
+    def _solve_pending(self) -> None:
+        """Solve what this process owns; what fails is told to the others later."""
+        pending, self._pending = self._pending, {}
+        for index, statistics in pending.items():
+            with self._failing():
+                if statistics is None:
+                    self._solve_stored(index)
+                else:
+                    self._solve_measured(index, *statistics)
+
+    def _solve_stored(self, index: int) -> None:
+        assert self._store is not None
+        device = execution_device(self._attention(index))
+        fit, heldout = self._store.load(index)
+        heldout = None if heldout is None else heldout.to(device)
+        self._solve(index, fit.to(device), heldout, 0.0)
+
+    def _solve_measured(
+        self,
+        index: int,
+        statistics: LayerStatistics,
+        held_out: LayerStatistics | None,
+    ) -> None:
         try:
             fit = statistics.finalize()
             heldout = None if held_out is None else held_out.finalize()
@@ -261,6 +332,21 @@ class Calibration:
         if self._store is not None:
             self._store.save(index, self._names[index], fit, heldout)
         self._solve(index, fit, heldout, statistics.seconds)
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """
+        Keep an error until the other processes can be told.
+
+        Raised at once it would leave them waiting for this one. If there are none, it
+        is raised at once.
+        """
+        try:
+            yield
+        except Exception as err:
+            if self._ranks.alone:
+                raise
+            self._failure = self._failure or err
 
     def _attention(self, index: int) -> nn.Module:
         return self._layers[index].get_submodule(self._architecture.attention)

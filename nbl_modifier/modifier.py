@@ -314,6 +314,7 @@ class NBLModifier(Modifier):
             self._dataset_args.propagate_error = self._propagate_error
         calibration, self._calibration = self._calibration, None
         assert calibration is not None
+        calibration.finish()
         unseen = [
             n for i, n in self._candidates.items() if i not in calibration.measured
         ]

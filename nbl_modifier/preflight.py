@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, architecture_of
+from .distributed import Ranks
 from .hf.modeling_nbl import LinearizedAttention, decoder_layers
 from .upstream import rewind_generator
 from .windows import held_out_batches
@@ -36,7 +37,7 @@ class CalibrationData:
     The calibration set.
 
     :param batches: in the order in which the pass draws them
-    :param num_samples: sequences in all batches
+    :param num_samples: sequences in all batches, of all processes
     :param held_out: numbers of the batches that are not to be fitted on
     """
 
@@ -51,8 +52,7 @@ def check_model(model: PreTrainedModel) -> Architecture:
 
     :param model: a causal language model as transformers loads it, some of its layers
         linearized already or none
-    :raises NotImplementedError: if its family is not supported, or the run is
-        distributed
+    :raises NotImplementedError: if its family is not supported
     :raises ValueError: if it is quantized already
     """
     architecture = architecture_of(model.config.model_type)
@@ -64,10 +64,6 @@ def check_model(model: PreTrainedModel) -> Architecture:
             f"{quantized}: the model is quantized already; linear layers made now "
             "would not be. Start from the unquantized model, with "
             "NBLModifier first in the recipe."
-        )
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise NotImplementedError(
-            "NBLModifier does not calibrate on several ranks yet. Run one process."
         )
     return architecture
 
@@ -147,7 +143,10 @@ def candidate_layers(
 
 
 def check_calibration_data(
-    batches: Iterable[Any] | None, hidden_size: int, hold_out: bool = False
+    batches: Iterable[Any] | None,
+    hidden_size: int,
+    hold_out: bool = False,
+    ranks: Ranks | None = None,
 ) -> CalibrationData:
     """
     Return what the calibration pass will draw.
@@ -155,6 +154,7 @@ def check_calibration_data(
     :param batches: the calibration dataloader
     :param hidden_size: d of the model, the dimension of the estimator's input
     :param hold_out: whether a part of the batches is not to be fitted on
+    :param ranks: the processes of the run, whose tokens count together
     :raises ValueError: if there is no data, or not more tokens to fit on than
         ``hidden_size``
     """
@@ -170,9 +170,9 @@ def check_calibration_data(
     if sum(sizes) == 0:
         raise ValueError(f"the calibration set is empty. {remedy}")
     held_out = held_out_batches(sizes) if hold_out else frozenset[int]()
-    tokens = sum(
-        _count_tokens(batch) for i, batch in enumerate(drawn) if i not in held_out
-    )
+    ranks = ranks or Ranks()
+    counts = [_count_tokens(b) for i, b in enumerate(drawn) if i not in held_out]
+    tokens = sum(ranks.gather(sum(counts)))
     check_num_tokens(
         "part of the calibration set to fit on" if hold_out else "calibration set",
         tokens,
@@ -186,7 +186,7 @@ def check_calibration_data(
             hidden_size,
             _FEW_TOKENS_PER_DIMENSION * hidden_size,
         )
-    return CalibrationData(drawn, sum(sizes), held_out)
+    return CalibrationData(drawn, sum(ranks.gather(sum(sizes))), held_out)
 
 
 def _count_tokens(batch: Mapping[str, Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from loguru import logger
 from transformers import PreTrainedModel
 
+from .distributed import Ranks
 from .fingerprint import data_digest, model_digest
 from .preflight import CalibrationData, check_calibration_data
 from .store import Origin, StatisticsStore
@@ -71,21 +73,25 @@ def open_sources(
     :raises ValueError: if data or statistics are missing, do not fit each other or the
         model, or do not hold what is needed
     """
+    ranks = Ranks()
+    _check_ranks(needs, ranks)
     if statistics is not None:
         return _reused(model, batches, candidates, needs, statistics)
     hold_out = needs.heldout_nmse or needs.losses
+    # Saved statistics are to serve whatever is asked for later, here also losses.
+    hold_out_to_save = save_statistics is not None and ranks.alone
     data = check_calibration_data(
-        batches,
-        model.config.get_text_config().hidden_size,
-        hold_out or save_statistics is not None,
+        batches, _hidden_size(model), hold_out or hold_out_to_save, ranks
     )
+    digest = _pooled_digest(data, ranks)
     if save_statistics is None:
         return Sources(data, None, complete=False)
-    store = StatisticsStore.create(
-        save_statistics,
-        _origin(model, data.num_samples, data_digest(data.batches), needs),
-    )
-    store.save_windows([data.batches[number] for number in sorted(data.held_out)])
+    held_out = sum(len(data.batches[i]["input_ids"]) for i in data.held_out)
+    origin = _origin(model, data.num_samples, digest, needs)
+    origin = replace(origin, held_out=sum(ranks.gather(held_out)))
+    store = _created(save_statistics, origin, ranks)
+    if ranks.alone:
+        store.save_windows([data.batches[number] for number in sorted(data.held_out)])
     found = [index for index in candidates if index in store]
     if found:
         logger.info(
@@ -107,16 +113,19 @@ def _reused(
     store = StatisticsStore.open(folder)
     data, digest = None, ""
     if batches is not None:
-        data = check_calibration_data(
-            batches, model.config.get_text_config().hidden_size, hold_out=True
-        )
-        digest = data_digest(data.batches)
+        data = check_calibration_data(batches, _hidden_size(model), hold_out=True)
+        digest = _pooled_digest(data, Ranks())
     elif needs.windows:
         raise ValueError(
             f"statistics {folder}: selection: greedy and refit run the model over the "
             "calibration windows again. Pass the dataset, too, or leave them out."
         )
     store.check(_origin(model, store.origin.num_samples, digest, needs))
+    if needs.heldout_nmse and not store.origin.held_out:
+        raise ValueError(
+            f"statistics {folder}: taken in several processes, without held-out tokens "
+            "to measure max_nmse on. Calibrate with max_nmse, or leave it out."
+        )
     missing = [name for index, name in candidates.items() if index not in store]
     if missing:
         raise ValueError(
@@ -131,6 +140,55 @@ def _reused(
     return Sources(replace(data, num_samples=store.origin.num_samples), store, True)
 
 
+def _hidden_size(model: PreTrainedModel) -> int:
+    size: int = model.config.get_text_config().hidden_size
+    return size
+
+
+def _check_ranks(needs: Needs, ranks: Ranks) -> None:
+    """Refuse what each process would answer for its own windows only."""
+    if ranks.alone or not (needs.losses or needs.windows):
+        return
+    asked = "selection: greedy and refit" if needs.windows else "losses"
+    raise NotImplementedError(
+        f"NBLModifier: {asked} run the model over windows of one process, got "
+        f"{ranks.size} processes. Use a criterion and a budget that statistics answer, "
+        "or calibrate with save_statistics and search in one process."
+    )
+
+
+def _pooled_digest(data: CalibrationData, ranks: Ranks) -> str:
+    """
+    Return a digest of the data of all processes.
+
+    :raises ValueError: if two processes have the same
+    """
+    digests = ranks.gather(data_digest(data.batches))
+    if ranks.alone:
+        return digests[0]
+    twins = [rank for rank, each in enumerate(digests) if digests.index(each) < rank]
+    if twins:
+        raise ValueError(
+            f"processes {digests.index(digests[twins[0]])} and {twins[0]} calibrate on "
+            "the same samples: llm-compressor 0.14 hands every process the first part "
+            "of a dataset that all have in full. Pass each process its own part: "
+            "dataset.shard(world_size, rank)."
+        )
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[: len(digests[0])]
+
+
+def _created(folder: str, origin: Origin, ranks: Ranks) -> StatisticsStore:
+    """Let the first process make the store, and open it in all of them."""
+    failure = None
+    if ranks.rank == 0:
+        try:
+            StatisticsStore.create(folder, origin)
+        except (ValueError, OSError) as err:
+            failure = err
+    ranks.check(failure)
+    return StatisticsStore.open(folder)
+
+
 def _origin(
     model: PreTrainedModel, num_samples: int, digest: str, needs: Needs
 ) -> Origin:
@@ -139,6 +197,7 @@ def _origin(
         model_digest=model_digest(model),
         data_digest=digest,
         num_samples=num_samples,
+        held_out=0,
         kind=needs.kind,
         input=needs.input,
     )

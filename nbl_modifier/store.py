@@ -40,6 +40,7 @@ class Origin:
     :param model_digest: of configuration and weights
     :param data_digest: of the tokens
     :param num_samples: calibration sequences
+    :param held_out: those of them that only measure the error
     :param kind: the part of each layer: ``attention`` or ``block``
     :param input: ``residual``, or ``normalized`` where the input norm's output was
         measured too, from which either can be fitted
@@ -49,6 +50,7 @@ class Origin:
     model_digest: str
     data_digest: str
     num_samples: int
+    held_out: int
     kind: str
     input: str
 
@@ -116,6 +118,7 @@ class StatisticsStore:
         for field, subject in (
             ("model_digest", f"model {wanted.model}"),
             ("data_digest", "calibration data"),
+            ("held_out", "number of held-out sequences"),
             ("kind", "kind"),
         ):
             found, needed = getattr(mine, field), getattr(wanted, field)

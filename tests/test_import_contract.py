@@ -61,12 +61,14 @@ LAYERS = {
     ),
     "forward": Layer(ours="windows hf architectures", packages="torch transformers"),
     "calibration": Layer(
-        ours="store capture preflight surgery hf architectures numerics",
+        ours="store distributed capture preflight surgery hf architectures numerics",
         packages="llmcompressor loguru torch",
     ),
     "reuse": Layer(
-        ours="store fingerprint preflight", packages="loguru torch transformers"
+        ours="store fingerprint distributed preflight",
+        packages="loguru torch transformers",
     ),
+    "distributed": Layer(ours="capture", packages="torch"),
     "store": Layer(ours="capture report numerics", packages="safetensors torch"),
     "fingerprint": Layer(packages="torch transformers"),
     "saving": Layer(
@@ -82,7 +84,7 @@ LAYERS = {
         packages="llmcompressor compressed_tensors torch",
     ),
     "preflight": Layer(
-        ours="windows upstream hf architectures",
+        ours="distributed windows upstream hf architectures",
         packages="compressed_tensors loguru torch transformers",
     ),
     "fitting": Layer(ours="surgery hf architectures numerics", packages="torch"),

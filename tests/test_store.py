@@ -12,7 +12,7 @@ from nbl_modifier.capture import LayerMoments, LayerStatistics
 from nbl_modifier.numerics import CovarianceStats
 from nbl_modifier.store import Origin, StatisticsStore
 
-ORIGIN = Origin("some/model", "0123", "4567", 8, "attention", "normalized")
+ORIGIN = Origin("some/model", "0123", "4567", 8, 1, "attention", "normalized")
 WIDTH = 6
 
 
