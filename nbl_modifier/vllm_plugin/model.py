@@ -8,13 +8,14 @@ vLLM caches what it learns about these classes under a hash of this file.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
 from vllm.distributed.utils import get_pp_indices
@@ -251,8 +252,10 @@ class LinearizedMixin:
     """
     Turns a causal language model of vLLM into its linearized counterpart.
 
-    The stock model is built first, then its linearized layers are swapped, before any
-    weight is read; loading, LoRA, speculative decoding and parallelism are inherited.
+    The stock class builds the model, less each attention to be linear, which is taken
+    out as soon as it exists: a model that fits a GPU only without them can be built.
+    Linear layers are put in their places before any weight is read; loading, LoRA,
+    speculative decoding and parallelism are inherited.
     """
 
     #: The row, with the path of the layers that vLLM's class has.
@@ -276,11 +279,18 @@ class LinearizedMixin:
         text_config = config.get_text_config()
         linearized = config.linearized_layers()
         _check_stages(linearized, vllm_config)
-        with _stock_class(config) if self.in_transformers else nullcontext():
+        architecture = self.architecture
+        names = {
+            index: maybe_prefix(prefix, architecture.attention_name(index))
+            for index in linearized
+        }
+        with (
+            _stock_class(config) if self.in_transformers else contextlib.nullcontext(),
+            _left_out(architecture.attention, set(names.values()), vllm_config),
+        ):
             # The stock class is next in the order of resolution.
             super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
 
-        architecture = self.architecture
         layers: nn.ModuleList = self.get_submodule(architecture.layers)  # type: ignore[attr-defined]
         for index, spec in linearized.items():
             if isinstance(layers[index], PPMissingLayer):  # on another pipeline stage
@@ -319,12 +329,17 @@ def _replace(
 ) -> None:
     """Swap the part of one layer that ``spec`` names, and have vLLM forget the old."""
     layer = layers[index]
+    attention = getattr(layer, architecture.attention)
+    if not isinstance(attention, LeftOut):
+        # Named otherwise than expected: the same in the end, for more memory until now.
+        logger.warning_once("layer %d was built with attention, then replaced", index)
+        _forget(attention, vllm_config)
     if spec.kind == "block":
         assert linear is not None  # a dropped block is in no checkpoint
-        _forget(layer, vllm_config)
+        if _entries(layer, vllm_config):  # experts
+            _forget(layer, vllm_config)
         layers[index] = LinearizedBlock(linear, architecture.vllm_stream)
         return
-    _forget(getattr(layer, architecture.attention), vllm_config)
     replacement = DroppedAttention() if linear is None else LinearizedAttention(linear)
     setattr(layer, architecture.attention, replacement)
     for name in architecture.folded_norms(spec.input):
@@ -347,7 +362,7 @@ def _replace_in_transformers(
     linearize_layer(layers, architecture, index, spec, linear)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stock_class(config: Any) -> Iterator[None]:
     """
     Make a linearized configuration one of the base model's class, for a time.
@@ -363,6 +378,50 @@ def _stock_class(config: Any) -> Iterator[None]:
         config.__class__ = ours
 
 
+class LeftOut(nn.Module):
+    """Keeps the place of an attention layer until what replaces it is there."""
+
+
+@contextlib.contextmanager
+def _left_out(
+    attribute: str, names: Set[str], vllm_config: VllmConfig
+) -> Iterator[None]:
+    """
+    Take attention modules out at the moment they become part of their decoder layer.
+
+    vLLM's classes have no common way to leave attention out, but all of them assign it
+    to an attribute of the layer, and torch lets a hook change what is assigned.
+
+    :param attribute: name of attention in a decoder layer
+    :param names: full names of the attention modules to take out
+    :param vllm_config: knows the attention layers built so far by their full names
+    """
+
+    def exchange(_: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
+        if name != attribute or module is None:
+            return None
+        # "model.layers.3.self_attn.attn" is inside of "model.layers.3.self_attn"
+        entries = _entries(module, vllm_config)
+        if names.isdisjoint(entry.rpartition(".")[0] for entry in entries):
+            return None
+        _forget(module, vllm_config)
+        return LeftOut()
+
+    handle = register_module_module_registration_hook(exchange)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _entries(module: nn.Module, vllm_config: VllmConfig) -> list[str]:
+    """Return vLLM's names of the attention layers and experts inside ``module``."""
+    context = vllm_config.compilation_config.static_forward_context
+    # By identity, whatever vLLM calls them.
+    inside = {id(each) for each in module.modules()}
+    return [name for name, each in context.items() if id(each) in inside]
+
+
 def _forget(replaced: nn.Module, vllm_config: VllmConfig) -> None:
     """
     Withdraw what is inside ``replaced`` from vLLM's lists of layers.
@@ -373,8 +432,7 @@ def _forget(replaced: nn.Module, vllm_config: VllmConfig) -> None:
     """
     compilation = vllm_config.compilation_config
     context = compilation.static_forward_context
-    inside = {id(module) for module in replaced.modules()}
-    names = [name for name, module in context.items() if id(module) in inside]
+    names = _entries(replaced, vllm_config)
     assert names, f"{replaced} has no entry in static_forward_context"
     for name in names:
         del context[name]
