@@ -12,13 +12,14 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from integration_tests import harness
-from integration_tests.harness import MODEL, Row, Served
+from integration_tests import materials
+from integration_tests.harness import Served, Worker, tail
+from integration_tests.rows import DEMO_MODEL, Row
 
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder for checkpoints, logs and vLLM's cache."""
+    """Return a folder for models, checkpoints, logs and vLLM's cache."""
     return tmp_path_factory.mktemp("integration")
 
 
@@ -39,73 +40,179 @@ def pageable_cache() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(workplace: Path, pageable_cache: None) -> Callable[[str], Path]:
-    """Return a function from a recipe (YAML) to the demo model compressed by it."""
-    made: dict[str, Path] = {}
+def worker(workplace: Path) -> Iterator[Worker]:
+    """Return what runs vLLM."""
+    worker = Worker(workplace)
+    yield worker
+    worker.stop()
 
-    def make(recipe: str) -> Path:
-        if recipe not in made:
-            directory = workplace / f"checkpoint-{len(made)}"
-            harness.compress(recipe, directory)
-            made[recipe] = directory
-        return made[recipe]
 
-    return make
+class Materials:
+    """
+    Models, checkpoints and what goes with them, each written once.
+
+    :param workplace: where to
+    """
+
+    def __init__(self, workplace: Path) -> None:
+        self._workplace = workplace
+        self._made: dict[tuple[str, ...], Path] = {}
+
+    def model(self, name: str) -> Path:
+        """Return where a row's model is."""
+        return self._once(
+            lambda directory: materials.save_model(name, directory), "model", name
+        )
+
+    def checkpoint(self, recipe: str | None, model: str = DEMO_MODEL) -> Path:
+        """Return a row's model, compressed by a recipe (YAML), or as it is."""
+        if recipe is None:
+            return self.model(model)
+        source = self.model(model)
+        return self._once(
+            lambda directory: materials.compress(model, source, recipe, directory),
+            "checkpoint",
+            model,
+            recipe,
+        )
+
+    def adapter(self, checkpoint: Path) -> Path:
+        """Return a LoRA adapter for a checkpoint."""
+        return self._once(
+            lambda directory: materials.save_adapter(checkpoint, directory),
+            "adapter",
+            str(checkpoint),
+        )
+
+    def merged(self, checkpoint: Path) -> Path:
+        """Return a checkpoint with that adapter merged into it."""
+        adapter = self.adapter(checkpoint)
+        return self._once(
+            lambda directory: materials.save_merged(checkpoint, adapter, directory),
+            "merged",
+            str(checkpoint),
+        )
+
+    def draft(self, checkpoint: Path) -> Path:
+        """Return an EAGLE-3 head for a checkpoint."""
+        return self._once(
+            lambda directory: materials.save_draft(checkpoint, directory),
+            "draft",
+            str(checkpoint),
+        )
+
+    def _once(self, write: Callable[[Path], Path | None], *key: str) -> Path:
+        if key not in self._made:
+            directory = self._workplace / f"{key[0]}-{len(self._made)}"
+            self._made[key] = write(directory) or directory
+        return self._made[key]
 
 
 @pytest.fixture(scope="session")
-def engine(workplace: Path) -> Callable[..., Served]:
-    """
-    Return a function that runs a checkpoint in vLLM, with `harness.run_worker`'s
-    arguments, and returns the same answer to the same arguments.
-    """
-    answers: dict[str, Served] = {}
+def made(workplace: Path, pageable_cache: None) -> Materials:
+    """Return what makes models, checkpoints and adapters."""
+    return Materials(workplace)
 
-    def run(directory: Path, **arguments: Any) -> Served:
-        key = repr((directory, sorted(arguments.items())))
-        if key not in answers:
-            log = workplace / f"engine-{len(answers)}.log"
-            result = harness.run_worker(directory, log, **arguments)
-            if result["error"] is not None:
-                pytest.fail(f"{result['error']}\n{harness.tail(log)}", pytrace=False)
-            answers[key] = Served(
-                tokens=result["tokens"],
-                logprobs=torch.tensor(sum(result["logprobs"], [])),
-                kv_cache_tokens=result["kv_cache_tokens"],
-                block_size=result["block_size"],
-                architecture=result["architecture"],
-                linears=result["linears"],
-            )
-        return answers[key]
+
+@pytest.fixture(scope="session")
+def checkpoint(made: Materials) -> Callable[..., Path]:
+    """Return a function from a recipe (YAML) to the model compressed by it."""
+    return made.checkpoint
+
+
+@pytest.fixture(scope="session")
+def raw(worker: Worker, made: Materials, workplace: Path) -> Callable[..., Any]:
+    """
+    Return a function that runs a checkpoint in vLLM and returns the worker's result,
+    the same one for the same arguments.
+
+    It takes the checkpoint, the name of its model, and the job's fields but those that
+    follow from these two.
+    """
+    results: dict[str, tuple[dict[str, Any], Path]] = {}
+
+    def run(
+        directory: Path, model: str = DEMO_MODEL, **fields: Any
+    ) -> tuple[dict[str, Any], Path]:
+        key = repr((directory, sorted(fields.items())))
+        if key not in results:
+            engine = materials.engine_defaults(model) | fields.pop("engine", {})
+            job = {
+                "model": str(directory),
+                "engine": engine,
+                "prompts": materials.prompts(model),
+                "max_tokens": materials.max_tokens(model),
+                "in_process": True,
+            }
+            log = workplace / f"engine-{len(results)}.log"
+            results[key] = worker.run(job | fields, log), log
+        return results[key]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def engine(raw: Callable[..., Any]) -> Callable[..., Served]:
+    """Return a function that runs a checkpoint as ``raw`` does and wants an answer."""
+
+    def run(directory: Path, model: str = DEMO_MODEL, **fields: Any) -> Served:
+        result, log = raw(directory, model, **fields)
+        if result["error"] is not None:
+            pytest.fail(f"{result['error']}\n{tail(log)}", pytrace=False)
+        return Served.from_result(result)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def job(made: Materials) -> Callable[[Row, Path], dict[str, Any]]:
+    """Return a function from a row and a checkpoint to the fields of its job."""
+
+    def fields(row: Row, directory: Path) -> dict[str, Any]:
+        engine = {"dtype": row.dtype} | row.engine
+        if "speculative_config" in engine:
+            speculative = dict(engine["speculative_config"])
+            if speculative["method"] == "eagle3":
+                speculative.setdefault("model", str(made.draft(directory)))
+            engine |= {"speculative_config": speculative, "disable_log_stats": False}
+        if row.lora:
+            engine |= {"enable_lora": True, "max_lora_rank": materials.LORA_RANK}
+        return {
+            "engine": engine,
+            "in_process": row.in_process,
+            "repeat": row.repeat,
+            "lora": str(made.adapter(directory)) if row.lora else None,
+        }
+
+    return fields
 
 
 @pytest.fixture(scope="session")
 def served(
-    checkpoint: Callable[[str], Path], engine: Callable[..., Served]
+    made: Materials,
+    engine: Callable[..., Served],
+    job: Callable[[Row, Path], dict[str, Any]],
 ) -> Callable[[Row], Served]:
     """Return a function that runs a row's checkpoint in vLLM."""
 
     def run(row: Row) -> Served:
-        return engine(
-            checkpoint(row.recipe_text),
-            engine={"dtype": row.dtype} | row.engine,
-            in_process=row.in_process,
-        )
+        directory = made.checkpoint(row.recipe_text, row.model)
+        return engine(directory, row.model, **job(row, directory))
 
     return run
 
 
 @pytest.fixture(scope="session")
-def base(engine: Callable[..., Served]) -> Callable[[str], Served]:
+def base(made: Materials, engine: Callable[..., Served]) -> Callable[[Row], Served]:
     """
-    Return a function that runs the demo model itself in vLLM, given the dtype.
+    Return a function that runs a row's model itself in vLLM, in the row's dtype.
 
-    Eagerly and in the worker's process also where a row is not: on the CPU neither
-    changes the memory for the KV cache, VLLM_CPU_KVCACHE_SPACE.
+    Eagerly and in one process also where a row is not: on the CPU that does not change
+    the memory for the KV cache, VLLM_CPU_KVCACHE_SPACE for each process.
     """
-    return lambda dtype: engine(MODEL, engine={"dtype": dtype})
+    return lambda row: engine(
+        made.model(row.model), row.model, engine={"dtype": row.dtype}
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -69,8 +69,9 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     """
     Load the model and run the prompts greedily, each to its full length.
 
-    :return: ``tokens``, generated ids per prompt; ``logprobs``, of each prompt token
-        but the first given those before it; ``kv_cache_tokens`` that fit in the KV
+    :return: ``tokens``, generated ids per prompt, and their ``token_logprobs``;
+        ``logprobs``, of each prompt token but the first given those before it (not with
+        ``lora``); ``kv_cache_tokens`` that fit in the KV
         cache, in blocks of ``block_size``; ``tokens_per_second`` generated in each
         timed run; ``repeated``, the ``tokens`` of the second time and the
         ``cached_tokens`` of each prompt that came from the prefix cache; ``counters``,
@@ -87,7 +88,10 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True
     )
     scored = greedy.clone()
-    scored.prompt_logprobs = 0  # that of the token itself, no alternatives
+    # That of the token itself, no alternatives. Those of prompts need the head on other
+    # positions than the last, for which vLLM's CPU kernels have no adapter.
+    scored.logprobs = 0
+    scored.prompt_logprobs = None if job["lora"] else 0
     outputs = generate(engine, job, scored)
     tokens_per_second = [timed(engine, job, greedy) for _ in range(job["timed_runs"])]
     repeated = None
@@ -100,14 +104,14 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     config = engine.llm_engine.vllm_config
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "logprobs": [
-            [
-                entry[token].logprob
-                for token, entry in zip(
-                    output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
-                )
-            ]
+        "token_logprobs": [
+            of_each(output.outputs[0].token_ids, output.outputs[0].logprobs)
             for output in outputs
+        ],
+        "logprobs": [
+            of_each(output.prompt_token_ids[1:], output.prompt_logprobs[1:])
+            for output in outputs
+            if output.prompt_logprobs is not None
         ],
         "kv_cache_tokens": config.cache_config.kv_cache_size_tokens,
         "block_size": config.cache_config.block_size,
@@ -133,6 +137,11 @@ def generate(engine: Any, job: dict[str, Any], sampling: Any) -> list[Any]:
         use_tqdm=False,
         lora_request=LoRARequest("adapter", 1, job["lora"]) if job["lora"] else None,
     )
+
+
+def of_each(tokens: list[int], logprobs: Any) -> list[float]:
+    """Return the log-probability of each token from vLLM's tables."""
+    return [table[token].logprob for token, table in zip(tokens, logprobs, strict=True)]
 
 
 def timed(engine: Any, job: dict[str, Any], sampling: Any) -> float:
@@ -187,7 +196,9 @@ def measure_init(job: dict[str, Any]) -> dict[str, Any]:
     measured: dict[str, Any] = {"error": None}
 
     def build_and_measure(*args: Any, **kwargs: Any) -> Any:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(
+            activities=[ProfilerActivity.CPU], profile_memory=True
+        ) as profiler:
             model = build(*args, **kwargs)
         changes = sorted(
             (event.start_ns(), event.nbytes())
@@ -244,7 +255,7 @@ def jobs() -> None:
     from vllm import LLM
 
     del vllm, LLM  # imported for the processes to come
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, ""):
         job_path, result_path, log = map(Path, line.rstrip("\n").split("\t"))
         child = os.fork()
         if child == 0:

@@ -1,0 +1,231 @@
+"""What a row is run on: models, prompts, checkpoints, adapters, draft models."""
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+
+from integration_tests.rows import DEMO_MODEL, ROOT
+from nbl_modifier.data import load_texts, pack
+from nbl_modifier.hf import register
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+DEMO_DIRECTORY = ROOT / "examples" / "models" / DEMO_MODEL
+SHORTEST_PROMPT, LONGEST_PROMPT = 5, 130
+# How many prompts, and how many tokens follow each: a small random model says less.
+NUM_PROMPTS = {True: 20, False: 8}
+MAX_TOKENS = {True: 32, False: 16}
+LORA_RANK, LORA_ALPHA = 8, 16
+
+register()
+
+
+def save_model(name: str, directory: Path) -> Path:
+    """
+    Return where a row's model is.
+
+    :param name: see :class:`Row`
+    :param directory: where to write it, unless it is the bundled one
+    """
+    from tests.tiny_models import save_for_vllm
+
+    return DEMO_DIRECTORY if name == DEMO_MODEL else save_for_vllm(directory, name)
+
+
+def max_tokens(name: str) -> int:
+    """Return how many tokens are generated after each prompt of a row's model."""
+    return MAX_TOKENS[name == DEMO_MODEL]
+
+
+def engine_defaults(name: str) -> dict[str, Any]:
+    """
+    Return the engine's arguments unless a row says otherwise.
+
+    Longest prompt and answer fit. The random models have no tokenizer.
+    """
+    if name == DEMO_MODEL:
+        return {"enforce_eager": True, "max_model_len": 512}
+    return {"enforce_eager": True, "max_model_len": 192, "skip_tokenizer_init": True}
+
+
+@cache
+def prompts(name: str = DEMO_MODEL) -> list[list[int]]:
+    """
+    Return the prompts for a row's model, 5 to 130 tokens each.
+
+    For the bundled model beginnings of standard library modules, after BOS; for others
+    random tokens.
+    """
+    number = NUM_PROMPTS[name == DEMO_MODEL]
+    step = (LONGEST_PROMPT - SHORTEST_PROMPT) / (number - 1)
+    lengths = [round(SHORTEST_PROMPT + step * index) for index in range(number)]
+    if name != DEMO_MODEL:
+        from tests.tiny_llama import ragged_rows
+
+        found: list[list[int]] = ragged_rows(lengths, seed=1)["input_ids"]
+        return found
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIRECTORY)
+    texts = load_texts("stdlib", "heldout")[:number]
+    windows = [
+        pack([text], tokenizer, length, 1)["input_ids"][0]
+        for text, length in zip(texts, lengths, strict=True)
+    ]
+    assert all(window[0] == tokenizer.bos_token_id for window in windows)
+    return windows
+
+
+def compress(name: str, source: Path, recipe: str, directory: Path) -> None:
+    """
+    Write a model compressed by ``recipe`` to ``directory``.
+
+    :param name: see :class:`Row`
+    :param source: where the model is
+    :param recipe: llm-compressor recipe as YAML
+    """
+    from llmcompressor import oneshot
+
+    import nbl_modifier.modifier  # noqa: F401  # makes NBLModifier known to recipes
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIRECTORY)
+    dataset = _calibration_data(name, tokenizer)
+    torch.manual_seed(0)  # the data loader draws the order of the samples
+    oneshot(
+        model=str(source),
+        dataset=dataset,
+        recipe=recipe,
+        processor=tokenizer,
+        num_calibration_samples=len(dataset),
+        max_seq_length=512,
+        output_dir=str(directory),
+    )
+
+
+def _calibration_data(name: str, tokenizer: Any) -> "Dataset":
+    if name == DEMO_MODEL:
+        # 64 tokens per dimension of the model's residual stream: quick, well determined
+        return pack(load_texts("stdlib", "calibration"), tokenizer, 512, 16)
+    from tests.tiny_llama import token_rows
+
+    return token_rows(num_rows=48, length=128)  # 24 tokens per dimension
+
+
+def save_adapter(checkpoint: Path, directory: Path) -> None:
+    """
+    Write a random LoRA adapter for every linear layer of attention, kept or replaced.
+
+    In PEFT's format. Strong enough to change every prediction.
+
+    :param checkpoint: what it is for
+    """
+    weights = _attention_weights(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    adapter = {}
+    for name, weight in weights.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        d_out, d_in = weight.shape
+        for part, shape in (("A", (LORA_RANK, d_in)), ("B", (d_out, LORA_RANK))):
+            values = torch.randn(shape, generator=generator) * 0.3 * shape[1] ** -0.5
+            adapter[f"{module}.lora_{part}.weight"] = values
+    directory.mkdir()
+    save_file(adapter, directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": LORA_RANK,
+        "lora_alpha": LORA_ALPHA,
+        "target_modules": sorted({name.split(".")[-2] for name in weights}),
+        "bias": "none",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def save_merged(checkpoint: Path, adapter: Path, directory: Path) -> None:
+    """
+    Write a checkpoint with an adapter merged into its weights: the reference for LoRA.
+
+    In float32, since vLLM does not round their sum either.
+
+    :param checkpoint: what the adapter is for
+    :param adapter: see :func:`save_adapter`
+    """
+    shutil.copytree(checkpoint, directory)
+    parts = load_file(adapter / "adapter_model.safetensors")
+    for path in directory.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in _attention_weights(checkpoint).keys() & tensors.keys():
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            a, b = (parts[f"{module}.lora_{part}.weight"] for part in "AB")
+            tensors[name] = tensors[name].float() + LORA_ALPHA / LORA_RANK * (b @ a)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _attention_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for path in checkpoint.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+        if ".self_attn." in name and name.endswith(".weight") and tensor.dim() == 2
+    }
+
+
+def save_draft(checkpoint: Path, directory: Path) -> None:
+    """
+    Write a random EAGLE-3 head, a draft model of one decoder layer.
+
+    It drafts by what it sees of the hidden states of three layers of the model whose
+    tokens it guesses. Untrained, so hardly a guess is right: what is proven is that the
+    model's own tokens come out.
+
+    :param checkpoint: the model that it drafts for
+    """
+    verifier = AutoConfig.from_pretrained(checkpoint)
+    verifier = getattr(verifier, "text_config", verifier)
+    hidden, vocab = verifier.hidden_size, verifier.vocab_size
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLMEagle3"],
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden // 4,
+        max_position_embeddings=verifier.max_position_embeddings,
+        tie_word_embeddings=False,
+        dtype=torch.float32,
+        draft_vocab_size=vocab,
+    )
+    config.save_pretrained(directory)
+    shapes = {
+        "embed_tokens.weight": (vocab, hidden),
+        "fc.weight": (hidden, 3 * hidden),
+        "norm.weight": (hidden,),
+        "lm_head.weight": (vocab, hidden),
+        "midlayer.hidden_norm.weight": (hidden,),
+        "midlayer.input_layernorm.weight": (hidden,),
+        "midlayer.post_attention_layernorm.weight": (hidden,),
+        "midlayer.self_attn.q_proj.weight": (hidden, 2 * hidden),
+        "midlayer.self_attn.k_proj.weight": (hidden // 2, 2 * hidden),
+        "midlayer.self_attn.v_proj.weight": (hidden // 2, 2 * hidden),
+        "midlayer.self_attn.o_proj.weight": (hidden, hidden),
+        "midlayer.mlp.gate_proj.weight": (2 * hidden, hidden),
+        "midlayer.mlp.up_proj.weight": (2 * hidden, hidden),
+        "midlayer.mlp.down_proj.weight": (hidden, 2 * hidden),
+    }
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (
+            torch.ones(shape)
+            if len(shape) == 1
+            else torch.randn(shape, generator=generator) * shape[1] ** -0.5
+        )
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
