@@ -93,7 +93,7 @@ def compress(name: str, source: Path, recipe: str, directory: Path) -> None:
 
     import nbl_modifier.modifier  # noqa: F401  # makes NBLModifier known to recipes
 
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIRECTORY)
+    tokenizer: Any = AutoTokenizer.from_pretrained(DEMO_DIRECTORY)
     dataset = _calibration_data(name, tokenizer)
     torch.manual_seed(0)  # the data loader draws the order of the samples
     oneshot(
@@ -188,6 +188,7 @@ def save_draft(checkpoint: Path, directory: Path) -> None:
     verifier = AutoConfig.from_pretrained(checkpoint)
     verifier = getattr(verifier, "text_config", verifier)
     hidden, vocab = verifier.hidden_size, verifier.vocab_size
+    fields: dict[str, Any] = {"draft_vocab_size": vocab}  # beyond those of a Llama
     config = LlamaConfig(
         architectures=["LlamaForCausalLMEagle3"],
         vocab_size=vocab,
@@ -200,7 +201,7 @@ def save_draft(checkpoint: Path, directory: Path) -> None:
         max_position_embeddings=verifier.max_position_embeddings,
         tie_word_embeddings=False,
         dtype=torch.float32,
-        draft_vocab_size=vocab,
+        **fields,
     )
     config.save_pretrained(directory)
     shapes = {

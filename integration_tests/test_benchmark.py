@@ -1,21 +1,20 @@
 """``nbl benchmark`` in real vLLM."""
 
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from integration_tests.harness import ENGINE_TIMEOUT_SECONDS, MODEL, serve_python
+from integration_tests.harness import (
+    ENGINE_TIMEOUT_SECONDS,
+    serve_python,
+    vllm_environment,
+)
+from integration_tests.materials import DEMO_DIRECTORY
 from nbl_modifier.report.speed import SpeedReport
 
 RECIPE = "default_stage: {default_modifiers: {NBLModifier: {layers: [0, 5, 9, 15]}}}"
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-}
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +22,12 @@ def report(checkpoint: Callable[[str], Path], workplace: Path) -> SpeedReport:
     """Return what the command wrote about the demo model and 4 of 16 layers linear."""
     folder = workplace / "speed"
     command = [serve_python(), "-m", "nbl_modifier.cli", "benchmark"]
-    arguments = [str(checkpoint(RECIPE)), "--baseline", str(MODEL)]
+    arguments = [str(checkpoint(RECIPE)), "--baseline", str(DEMO_DIRECTORY)]
     arguments += ["--context", "700", "--batch", "1,2,400", "--engine", "vllm"]
     arguments += ["--generate-tokens", "8", "--repeats", "1", "--output", str(folder)]
     result = subprocess.run(
         [*command, *arguments],
-        env=ENVIRONMENT
-        | {"VLLM_CACHE_ROOT": str(workplace / "vllm_cache")}
-        | dict(os.environ),
+        env=vllm_environment(workplace / "vllm_cache"),
         capture_output=True,
         text=True,
         timeout=2 * ENGINE_TIMEOUT_SECONDS,

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 import yaml
 
-from integration_tests.harness import run_worker
-
 # Two calibrations and two engines per scheme, to show that a limit is not ours.
 pytestmark = [pytest.mark.requires_vllm, pytest.mark.slow]
 
@@ -37,13 +35,12 @@ def recipe(scheme: str, nbl: bool) -> str:
 @pytest.mark.parametrize("nbl", [True, False], ids=["nbl", "base"])
 def test_scheme_needs_a_gpu(
     checkpoint: Callable[[str], Path],
-    tmp_path: Path,
+    raw: Callable[..., Any],
     scheme: str,
     message: str,
     nbl: bool,
 ) -> None:
     directory = checkpoint(recipe(scheme, nbl))
-    log = tmp_path / "log"
-    result = run_worker(directory, log, engine={"dtype": "bfloat16"})
+    result, log = raw(directory, engine={"dtype": "bfloat16"})
     assert result.keys() == {"error"}
     assert message in result["error"] + log.read_text(encoding="utf-8")

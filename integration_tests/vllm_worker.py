@@ -33,7 +33,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-OPTIONAL = {
+OPTIONAL: dict[str, Any] = {
     "timed_runs": 0,
     "repeat": False,
     "lora": None,

@@ -77,7 +77,13 @@ load the model.
 ```
 
 transformers then also loads it with `trust_remote_code=True`, from the modelling files
-in this directory. vLLM needs the package in any case.
+in this directory. vLLM needs the package in any case; with `--trust-remote-code` in its
+place it says
+
+```
+Layer ... does not dispatch through the Transformers attention interface and vLLM has \
+no other way to handle it.
+```
 
 ## Made with
 

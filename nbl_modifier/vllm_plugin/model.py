@@ -407,7 +407,8 @@ def _left_out(
         _forget(module, vllm_config)
         return LeftOut()
 
-    handle = register_module_module_registration_hook(exchange)
+    # Annotated as if it returned nothing; documented to return a module in its place.
+    handle = register_module_module_registration_hook(exchange)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -424,7 +425,7 @@ def _entries(module: nn.Module, vllm_config: VllmConfig) -> list[str]:
 
 def _forget(replaced: nn.Module, vllm_config: VllmConfig) -> None:
     """
-    Withdraw what is inside ``replaced`` from vLLM's lists of layers.
+    Withdraw what is inside ``replaced`` from vLLM's lists of layers, and free it.
 
     Of those with a KV cache: without it everything would work, and no memory would be
     freed. Of mixtures of experts, which vLLM counts off one by one in each forward
@@ -438,6 +439,11 @@ def _forget(replaced: nn.Module, vllm_config: VllmConfig) -> None:
         del context[name]
         if name in compilation.static_all_moe_layers:
             compilation.static_all_moe_layers.remove(name)
+    # Parameters know how they are loaded, which refers to their module: without this
+    # they would stay until Python looks for cycles. Buffers are shared with layers that
+    # are kept.
+    for parameter in replaced.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def _check_stages(linearized: Iterable[int], vllm_config: VllmConfig) -> None:
