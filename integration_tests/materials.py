@@ -69,8 +69,7 @@ def prompts(name: str = DEMO_MODEL) -> list[list[int]]:
     if name != DEMO_MODEL:
         from tests.tiny_llama import ragged_rows
 
-        found: list[list[int]] = ragged_rows(lengths, seed=1)["input_ids"]
-        return found
+        return list(ragged_rows(lengths, seed=1)["input_ids"])
     tokenizer = AutoTokenizer.from_pretrained(DEMO_DIRECTORY)
     texts = load_texts("stdlib", "heldout")[:number]
     windows = [
