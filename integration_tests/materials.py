@@ -48,8 +48,8 @@ def engine_defaults(name: str) -> dict[str, Any]:
     """
     Return the engine's arguments unless a row says otherwise.
 
-    Longest prompt and answer fit. A multiple of a KV cache's block: vLLM counts tokens in
-    sequences of that length. The random models have no tokenizer.
+    Longest prompt and answer fit. Lengths are multiples of a KV cache's block, since
+    vLLM counts what fits in sequences of them. The random models have no tokenizer.
     """
     if name == DEMO_MODEL:
         return {"enforce_eager": True, "max_model_len": 512}
