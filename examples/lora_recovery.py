@@ -70,6 +70,7 @@ def arguments() -> argparse.Namespace:
     add("--seq-length", type=int, default=256, help="tokens per window")
     add("--batch-size", type=int, default=8)
     add("--seed", type=int, default=0)
+    add("--control", action="store_true", help="train --base as much, to compare")
     return parser.parse_args()
 
 
@@ -123,14 +124,24 @@ def new_linears(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def train(args: argparse.Namespace, model: PreTrainedModel, rows: Dataset) -> Any:
+def output_projections(nbl: PreTrainedModel) -> list[str]:
+    """Return the names, in the base model, of what ended each replaced attention."""
+    architecture = architecture_of(nbl.config.model_type)
+    layers = nbl.config.linearized_layers()
+    return [f"{architecture.attention_name(index)}.o_proj" for index in layers]
+
+
+def train(
+    args: argparse.Namespace, name: str, targets: list[str] | str, rows: Dataset
+) -> Any:
     """Train adapters in float32 and return the model with the adapters merged."""
+    model = load(name, torch.float32)
     set_seed(args.seed)
     adapters = LoraConfig(
         r=args.rank,
         lora_alpha=args.alpha,
         lora_dropout=args.dropout,
-        target_modules=args.target or new_linears(model),
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     peft_model = get_peft_model(model, adapters)
@@ -202,9 +213,12 @@ def main() -> int:
         "base": perplexity(load(args.base), heldout),
         "NBL": perplexity(start, heldout),
     }
-    model = train(args, load(args.checkpoint, torch.float32), rows)
+    model = train(args, args.checkpoint, args.target or new_linears(start), rows)
     save(args, model.to(start.dtype), tokenizer, len(rows) * args.seq_length)
     results["NBL + LoRA"] = perplexity(load(args.output), heldout)
+    if args.control:
+        model = train(args, args.base, output_projections(start), rows)
+        results["base + LoRA"] = perplexity(model.to(start.dtype), heldout)
     print_table(results)
     print(f"saved: {args.output}")
     return 0

@@ -63,11 +63,11 @@ def run(
 ) -> Run:
     """Return a function that runs the script and returns what it prints."""
 
-    def run_script(checkpoint: Path, output: Path, **options: str) -> str:
+    def run_script(checkpoint: Path, output: Path, *flags: str, **options: str) -> str:
         arguments = SHORT | {"--checkpoint": str(checkpoint), "--output": str(output)}
         arguments |= {f"--{name.replace('_', '-')}": v for name, v in options.items()}
         words = [word for pair in arguments.items() for word in pair]
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words])
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words, *flags])
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -88,9 +88,16 @@ def changed(before: Path, after: Path) -> set[str]:
 
 def test_trained_checkpoint(checkpoint: Path, tmp_path: Path, run: Run) -> None:
     output = tmp_path / "out"
-    text = run(checkpoint, output)
-    (ratio, error) = re.findall(r"NBL \+ LoRA .* (\S+) \+- (\S+) times NBL", text)[0]
-    assert float(ratio) + 3 * float(error) < 1
+    text = run(checkpoint, output, "--control")
+    row = r"^  (\w+(?: \+ LoRA)?) +\S+ +(\S+) \+- (\S+) times NBL$"
+    ratios = {
+        name: (float(ratio), float(error))
+        for name, ratio, error in re.findall(row, text, re.MULTILINE)
+    }
+    assert list(ratios) == ["base", "NBL", "NBL + LoRA", "base + LoRA"]
+    ratio, error = ratios["NBL + LoRA"]
+    assert ratio + 3 * error < 1
+    assert ratios["base + LoRA"] != ratios["base"]
 
     names = {f"model.layers.{i}.self_attn.linear.weight" for i in LAYERS}
     assert changed(checkpoint, output) == names
