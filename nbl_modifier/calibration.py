@@ -5,7 +5,6 @@ One calibration pass over the attention layers: hooks in, solved linear maps out
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -22,6 +21,7 @@ from . import numerics
 from .architectures import Architecture
 from .capture import LayerMoments, LayerStatistics, check_causal, valid_tokens
 from .distributed import Ranks
+from .fitting import no_map, realize, weights_map
 from .hf.configuration_nbl import LinearizedLayer
 from .preflight import check_num_tokens
 from .store import StatisticsStore
@@ -81,6 +81,7 @@ class Calibration:
     :param names: name of its attention module, likewise
     :param architecture: names of the modules inside the layers
     :param spec: what is replaced by what, in every layer
+    :param estimator: ``lmmse``, or ``wo_wv``: the map in attention's own weights
     :param dampening_frac: fraction of the mean diagonal of C_xx
     :param criterion: the field of :class:`Measurement` that decides which replacements
         to keep
@@ -105,6 +106,7 @@ class Calibration:
         architecture: Architecture,
         *,
         spec: LinearizedLayer,
+        estimator: str,
         dampening_frac: float,
         criterion: str,
         keep: int,
@@ -121,6 +123,7 @@ class Calibration:
         self._names = names
         self._architecture = architecture
         self._spec = spec
+        self._estimator = estimator
         self._normalized = spec.input == "normalized"
         self._dampening_frac = dampening_frac
         self._criterion = criterion
@@ -160,6 +163,10 @@ class Calibration:
         """
         if index in self._stored:
             return
+        if self._spec.kind == "block":
+            see = partial(self._see_block, state, index)
+            register(self._layers[index], see, "forward", with_kwargs=True)
+            return
         if self._architecture.input_norm is not None:
             norm = self._layers[index].get_submodule(self._architecture.input_norm)
             register(norm, partial(self._see_norm_input, state, index), "forward_pre")
@@ -186,7 +193,7 @@ class Calibration:
         self,
         state: State,
         index: int,
-        module: nn.Module,
+        _module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         output: tuple[Tensor, ...],
@@ -209,17 +216,63 @@ class Calibration:
                 f"{name}: its input norm ran on another batch than attention did. Set "
                 "sequential_targets to the decoder layer class, or leave it unset."
             )
+        added = self._added_to_stream(index, output[0])
         mask = kwargs.get("attention_mask")
-        check_causal(name, module, mask)
+        self._add(state, index, mask, residual, normalized, added, started_at)
+
+    def _see_block(
+        self,
+        state: State,
+        index: int,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> None:
+        """
+        Forward hook on a decoder layer: add the batch to the layer's statistics.
+
+        :raises RuntimeError: if the pipeline lost the causal mask
+        :raises NonFiniteError: naming the layer, if an activation is NaN or inf
+        """
+        started_at = time.perf_counter()
+        residual = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        # in float32: a difference of streams, smaller than either
+        added = output.float() - residual.float()
+        mask = kwargs.get("attention_mask")
+        self._add(state, index, mask, residual, residual, added, started_at)
+
+    def _add(
+        self,
+        state: State,
+        index: int,
+        mask: Tensor | None,
+        residual: Tensor,
+        normalized: Tensor,
+        added: Tensor,
+        started_at: float,
+    ) -> None:
+        """
+        Add one batch to the statistics of one layer.
+
+        :param mask: as called with, ``[batch, 1, tokens, tokens]`` or None
+        :param residual: the stream before what is replaced, ``[batch, tokens, d]``
+        :param normalized: what attention reads of it, likewise
+        :param added: what is added to it there, likewise
+        :param started_at: when the hook began
+        """
+        batch = state.current_batch_idx
+        check_causal(self._names[index], self._attention(index), mask)
         loss_mask = state.loss_masks[batch] if state.loss_masks else None
         valid = valid_tokens(normalized, mask, loss_mask)
-        added = self._added_to_stream(index, output[0])
         if self._streams is not None:
             # without one the layer is the first, and its input is the model's own
             stream = self._streams.get(batch, residual).to(residual.device)
             # in float32: a difference of streams, far smaller than either
             added = (residual.float() - stream.float()) + added.float()
-            residual, normalized = stream, self._normalize(index, stream)
+            residual = stream
+            if self._normalized:
+                normalized = self._normalize(index, stream)
         statistics = self._statistics_of(index, batch, normalized)
         statistics.update(residual, normalized, added, valid)
         statistics.seconds += time.perf_counter() - started_at
@@ -388,9 +441,8 @@ class Calibration:
         check_num_tokens(name, moments.num_tokens, hidden_size)
         try:
             solution = numerics.solve_attention(moments.residual, self._dampening_frac)
-            linear_map, fit = solution.linear_map, self._fit_of(moments)
-            if self._normalized:
-                linear_map = numerics.solve_lmmse(fit, self._dampening_frac)
+            fit = self._fit_of(moments)
+            linear_map, replacement = self._replacement(index, solution, fit)
             nmse = numerics.nmse(fit, linear_map)
             correlations = None
             if self._correlations:
@@ -400,19 +452,14 @@ class Calibration:
             heldout_nmse = None
             if heldout is not None:
                 heldout_nmse = numerics.nmse(self._fit_of(heldout), linear_map)
-            # The layer goes on to scale what comes from the map, as it did attention.
-            scale = self._output_scale(index)
-            dtype = weight_dtype(self._attention(index))
-            weight, bias = dataclasses.replace(
-                linear_map,
-                weight=linear_map.weight / scale,
-                mean_y=linear_map.mean_y / scale,
-            ).cast(dtype)
         except (ValueError, torch.linalg.LinAlgError) as err:
             raise type(err)(f"{name}: {err}") from err
         # The same error in another unit: only the variance it is divided by differs.
         variance_ratio = float(fit.var_y.sum()) / solution.residual_variance
-        expected = numerics.expected_nmse(nmse, fit.num_tokens, hidden_size)
+        # What was not fitted follows no sample.
+        fitted = self._spec.method == "linear" and self._estimator == "lmmse"
+        dimensions = hidden_size if fitted else 0
+        expected = numerics.expected_nmse(nmse, fit.num_tokens, dimensions)
         measurement = Measurement(
             num_tokens=fit.num_tokens,
             nmse=nmse,
@@ -426,7 +473,7 @@ class Calibration:
             canonical_correlations=correlations,
         )
         self.measured[index] = measurement
-        self.replacements[index] = Replacement(self._spec, weight.cpu(), bias.cpu())
+        self.replacements[index] = replacement
         self._drop_worst()
         logger.info(
             "{}: {} tokens, NMSE {:.4f}, CCA bound {:.4f}, dampening {:.1e}, {:.2f} s",
@@ -437,6 +484,28 @@ class Calibration:
             measurement.dampening_frac,
             measurement.seconds,
         )
+
+    def _replacement(
+        self,
+        index: int,
+        solution: numerics.AttentionSolution,
+        fit: numerics.CovarianceStats,
+    ) -> tuple[numerics.LinearMap, Replacement]:
+        """Return what replaces a layer, and its map to what is added to the stream."""
+        scale = 1.0
+        if self._spec.kind == "attention":
+            scale = self._output_scale(index)
+        if self._spec.method == "drop":
+            linear_map = no_map(fit)
+        elif self._estimator == "wo_wv":
+            linear_map = weights_map(self._attention(index)).scaled(scale)
+        elif self._normalized:
+            linear_map = numerics.solve_lmmse(fit, self._dampening_frac)
+        else:
+            linear_map = solution.linear_map
+        dtype = weight_dtype(self._attention(index))
+        # The layer goes on to scale what comes from the map, as it did attention.
+        return realize(self._spec, linear_map, fit, dtype, scale)
 
     def _drop_worst(self) -> None:
         if len(self.replacements) > self._keep:

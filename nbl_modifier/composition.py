@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.utils.match import is_match
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
@@ -36,7 +37,7 @@ from .smoothing import (
     rewrite_smoothquant,
 )
 
-__all__ = ["Followers", "refuse_earlier", "refuse_groups"]
+__all__ = ["Followers", "refuse_earlier"]
 
 _REFUSED: dict[type[Modifier], str] = {
     SpinQuantModifier: (
@@ -46,6 +47,10 @@ _REFUSED: dict[type[Modifier], str] = {
     ConstantPruningModifier: "it keeps masks of modules that NBL replaces",
     MagnitudePruningModifier: "it keeps masks of modules that NBL replaces",
 }
+
+
+# What patterns are matched with before the real one exists.
+_A_LINEAR = nn.Linear(1, 1, device="meta")
 
 
 def _name(modifier: Modifier) -> str:
@@ -65,38 +70,6 @@ def refuse_earlier(earlier: Sequence[Modifier]) -> None:
                 f"{_name(modifier)} comes before NBLModifier in the recipe: the linear "
                 "layers that NBL makes would stay unquantized. Put NBLModifier first."
             )
-
-
-def refuse_groups(later: Sequence[Modifier], rank: int, name: str) -> None:
-    """
-    Refuse quantizers whose groups do not fit into a linear map of low rank.
-
-    Its second factor reads ``rank`` features. vLLM needs whole groups of them; and
-    llm-compressor would notice only after calibration, or not at all.
-
-    :param later: the recipe's modifiers after NBLModifier
-    :param rank: of the maps
-    :param name: module name of one of the maps
-    :raises ValueError: naming modifier, group size and rank
-    """
-    expand = nn.Linear(1, 1, device="meta")
-    for modifier in later:
-        if not isinstance(modifier, QuantizationMixin):
-            continue
-        for scheme in modifier.resolved_config.config_groups.values():
-            size = getattr(scheme.weights, "group_size", None)
-            if (
-                size is not None
-                and size > 0
-                and rank % size
-                and is_match(f"{name}.expand", expand, scheme.targets, modifier.ignore)
-            ):
-                raise ValueError(
-                    f"{_name(modifier)} quantizes in groups of {size}, which do not "
-                    f"fit NBLModifier.rank {rank}. Use a rank that is a multiple of "
-                    f"{size}, a smaller group_size, or ignore: "
-                    "['re:.*linear[.]expand$']."
-                )
 
 
 class Followers:
@@ -138,6 +111,36 @@ class Followers:
                 # Linearized in an earlier run: stale from the beginning.
                 self._rewrite_mappings(modifier, MixedModel.of(model))
 
+    def refuse_groups(self, rank: int, name: str) -> None:
+        """
+        Refuse quantizers whose groups do not fit into a linear map of low rank.
+
+        Its second factor reads ``rank`` features. vLLM needs whole groups of them; and
+        llm-compressor would notice only after calibration, or not at all.
+
+        :param rank: of the maps
+        :param name: module name of one of them
+        :raises ValueError: naming modifier, group size and rank
+        """
+        for modifier in self._modifiers:
+            if not isinstance(modifier, QuantizationMixin):
+                continue
+            for scheme in modifier.resolved_config.config_groups.values():
+                size = _group_size(scheme)
+                if (
+                    size is not None
+                    and rank % size
+                    and is_match(
+                        f"{name}.expand", _A_LINEAR, scheme.targets, modifier.ignore
+                    )
+                ):
+                    raise ValueError(
+                        f"{_name(modifier)} quantizes in groups of {size}, which do "
+                        f"not fit linear maps of rank {rank}. Use a rank that is a "
+                        f"multiple of {size}, a smaller group_size, or ignore: "
+                        "['re:.*linear[.]expand$']."
+                    )
+
     def refresh(self, state: State, mixed: MixedModel) -> None:
         """
         Let every modifier resolve its targets again, on the linearized model.
@@ -178,3 +181,9 @@ def _mapping_targets(mappings: Sequence[Any] | None) -> list[str]:
         else:
             targets += tree_leaves(mapping)
     return targets
+
+
+def _group_size(scheme: QuantizationScheme) -> int | None:
+    """Return how many inputs share a scale, None if it is all of them."""
+    size = getattr(scheme.weights, "group_size", None)
+    return size if size is not None and size > 0 else None

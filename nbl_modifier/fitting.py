@@ -20,24 +20,28 @@ def realize(
     linear_map: numerics.LinearMap,
     stats: numerics.CovarianceStats,
     dtype: torch.dtype,
+    scale: float = 1.0,
 ) -> tuple[numerics.LinearMap, Replacement]:
     """
     Return the replacement that ``spec`` asks for, and the map that it computes.
 
     :param spec: what is replaced by what
-    :param linear_map: of full rank
+    :param linear_map: of full rank, to what is added to the residual stream
     :param stats: moments of what the map reads, and of its target
     :param dtype: of the weights
+    :param scale: what the layer multiplies the output of the replacement by
     :return: the map, of ``spec.rank``; and its weights on the CPU, rounded to ``dtype``
     """
     if spec.method == "drop":
         return linear_map, Replacement(spec)
+    stored = linear_map.scaled(1.0 / scale)
     if spec.rank is None:
-        weight, bias = linear_map.cast(dtype)
+        weight, bias = stored.cast(dtype)
         return linear_map, Replacement(spec, weight.cpu(), bias.cpu())
-    low = numerics.reduce_rank(stats, linear_map, spec.rank)
+    low = numerics.reduce_rank(stats, stored, spec.rank)
     expand, reduce, bias = low.cast(dtype)
-    return low.dense, Replacement(spec, expand.cpu(), bias.cpu(), reduce.cpu())
+    replacement = Replacement(spec, expand.cpu(), bias.cpu(), reduce.cpu())
+    return low.dense.scaled(scale), replacement
 
 
 def no_map(stats: numerics.CovarianceStats) -> numerics.LinearMap:

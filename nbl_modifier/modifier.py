@@ -12,7 +12,14 @@ from llmcompressor.args import DatasetArguments
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier, ModifierFactory
 from loguru import logger
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    StrictFloat,
+    StrictInt,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,9 +27,11 @@ from . import saving, smoothing
 from .architectures import Architecture
 from .calibration import Calibration
 from .composition import Followers, refuse_earlier
+from .fitting import check_weights_map
 from .hf.checkpoint import check_output_directory, convert_in_place
 from .hf.configuration_nbl import LinearizedLayer, NBLConfigMixin
 from .hf.modeling_nbl import decoder_layers
+from .methods import applies, check_options, choose_rank
 from .preflight import (
     CalibrationData,
     candidate_layers,
@@ -54,7 +63,7 @@ _PRESETS: dict[str | None, dict[str, Any]] = {
 
 class NBLModifier(Modifier):
     """
-    Replace the attention layers that behave almost linearly by one linear layer each.
+    Replace the layers that behave almost linearly by one linear map each, or by none.
 
     Neural Block Linearization, arXiv:2505.21077. For an attention layer with input X
     and output Y the replacement is the LMMSE estimator ``y = W x + b`` with
@@ -79,7 +88,7 @@ class NBLModifier(Modifier):
         GPTQModifier: {scheme: W4A16, targets: [Linear], ignore: [lm_head]}
     ```
 
-    :param num_layers: how many attention layers to replace, the best-ranked ones
+    :param num_layers: how many layers to replace, the best-ranked ones
     :param layers: the decoder layers to replace, by index from 0, instead of
         ``num_layers``; only these are measured
     :param kv_cache_reduction: the part of the base model's KV cache to free at least,
@@ -91,9 +100,9 @@ class NBLModifier(Modifier):
         long as perplexity on held-out windows is at most ``1 + this`` times the base
         model's; both may be combined with ``num_layers`` or ``kv_cache_reduction``,
         which is then the most to replace
-    :param targets: names, ``re:`` patterns or class names of the attention modules that
-        may be replaced; all of the decoder if not given
-    :param ignore: the same, of attention modules to keep
+    :param targets: names, ``re:`` patterns or class names of the attention modules, or
+        decoder layers, that may be replaced; all of the decoder if not given
+    :param ignore: the same, of those to keep
     :param criterion: what layers are ranked by, lowest first: ``cca_bound`` (the
         paper's), ``nmse``, the unexplained part of the attention output's variance,
         ``residual_nmse``, the same over the variance of the residual stream after
@@ -104,11 +113,24 @@ class NBLModifier(Modifier):
         replacement, on the partly linear model (``greedy``)
     :param refit: fit the chosen layers again, in order of depth, to lead from the
         linearized model's residual stream to the original one's
+    :param kind: what is replaced: ``attention``, or the whole transformer ``block``,
+        its MLP and norms included
+    :param method: by what: a ``linear`` map, or nothing (``drop``). Without a block the
+        model is one layer shorter: if no layer is linear, the checkpoint is one of the
+        base model's class, which needs nothing of this package
+    :param estimator: where the linear map comes from: ``lmmse``, fitted to the
+        calibration data, or ``wo_wv``, the product of attention's own output and value
+        projections (Puzzle's initialisation, arXiv:2411.19146), with
+        ``input: normalized``; data then only ranks the layers
+    :param rank: rank of the linear maps, each two thin layers then (reduced-rank
+        regression): an integer, or a fraction of the hidden size; full if not given
+    :param max_parameters: weights that all linear maps together may have, instead of
+        ``rank``
     :param input: what the linear layer reads: the ``residual`` stream (the paper's; the
         input norm is folded into the map and removed) or the output of the input norm
-        (``normalized``)
+        (``normalized``). No matter where nothing is put in place
     :param preset: ``best`` fills in the settings that keep most of the model's quality,
-        see docs/selection.md, for fields that are not given
+        see docs/selection.md, for fields that are not given and have a meaning here
     :param dampening_frac: added to the diagonal of C_xx, as a fraction of its mean;
         dimensionless, >= 0. A singular C_xx is dampened further, which is reported
     :param canonical_correlations: whether the report holds quantiles of each layer's
@@ -134,6 +156,11 @@ class NBLModifier(Modifier):
     )
     selection: Literal["one_shot", "greedy"] = "one_shot"
     refit: bool = False
+    kind: Literal["attention", "block"] = "attention"
+    method: Literal["linear", "drop"] = "linear"
+    estimator: Literal["lmmse", "wo_wv"] = "lmmse"
+    rank: StrictInt | StrictFloat | None = None
+    max_parameters: int | None = Field(default=None, ge=1)
     input: Literal["residual", "normalized"] = "residual"
     preset: Literal["best"] | None = None
     dampening_frac: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
@@ -146,6 +173,7 @@ class NBLModifier(Modifier):
 
     _filled_in: set[str] = PrivateAttr(default_factory=set)
     _architecture: Architecture = PrivateAttr()
+    _spec: LinearizedLayer = PrivateAttr()
     _candidates: dict[int, str] = PrivateAttr(default_factory=dict)
     _earlier: dict[int, LinearizedLayer] = PrivateAttr(default_factory=dict)
     _earlier_report: NBLReport | None = PrivateAttr(default=None)
@@ -185,10 +213,22 @@ class NBLModifier(Modifier):
             )
         return sorted(layers)
 
+    @field_validator("rank")
+    @classmethod
+    def _check_rank(cls, rank: float | None) -> float | None:
+        if rank is None or (isinstance(rank, int) and rank >= 1) or 0 < rank < 1:
+            return rank
+        raise ValueError(
+            "must be an integer >= 1, or a fraction of the hidden size between 0 and "
+            f"1, got {rank}. Without a linear map: method: drop."
+        )
+
     @model_validator(mode="after")
     def _fill_in_preset(self) -> Self:
         for name, value in _PRESETS.get(self.preset, {}).items():
             if name not in self.model_fields_set:
+                if not applies(name, self.kind, self.method, self.estimator):
+                    continue
                 setattr(self, name, value)
                 self._filled_in.add(name)
             elif getattr(self, name) != value:
@@ -202,6 +242,19 @@ class NBLModifier(Modifier):
         return self
 
     @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        ranks = ("rank", "max_parameters")
+        check_options(
+            kind=self.kind,
+            method=self.method,
+            estimator=self.estimator,
+            input=self.input,
+            low_rank=[name for name in ranks if getattr(self, name) is not None],
+            refit=self.refit,
+        )
+        return self
+
+    @model_validator(mode="after")
     def _check_fields(self) -> Self:
         ways = ("num_layers", "layers", "kv_cache_reduction")
         limits = ("max_nmse", "max_perplexity_increase")
@@ -209,7 +262,7 @@ class NBLModifier(Modifier):
         limiting = [name for name in limits if getattr(self, name) is not None]
         if len(given) > 1 or not (given or limiting):
             raise ValueError(
-                "NBLModifier needs one of num_layers (how many attention layers to "
+                "NBLModifier needs one of num_layers (how many layers to "
                 "replace), layers (which ones) and kv_cache_reduction (the part of the "
                 "KV cache to free), or a limit, max_nmse or max_perplexity_increase, "
                 f"got {' and '.join(given) or 'neither'}."
@@ -249,11 +302,11 @@ class NBLModifier(Modifier):
         if "input" in self._filled_in and self.input not in self._architecture.inputs:
             (self.input,) = self._architecture.inputs
             logger.info("NBLModifier.input: {!r}, what this family has", self.input)
-        check_input(self._architecture, self.input)
         if isinstance(model.config, NBLConfigMixin):
             self._earlier = model.config.linearized_layers()
             self._earlier_report = saving.report_of(model)
         self._candidates = self._choose_from(model)
+        self._spec = self._choose_spec(model)
         self._open_sources(state)
         if oneshot is not None and oneshot.output_dir is not None:
             check_output_directory(oneshot.output_dir, self._architecture)
@@ -362,8 +415,9 @@ class NBLModifier(Modifier):
         self._calibration = None
         if self._report is not None:
             layers = decoder_layers(state.model, self._architecture)
-            for index, spec in self._linearized.items():
-                drop_restored_norms(layers[index], self._architecture, spec)
+            if len(layers) == self._report.num_hidden_layers:  # none is gone yet
+                for index, spec in self._linearized.items():
+                    drop_restored_norms(layers[index], self._architecture, spec)
             self._convert(state.model)
             if self._followers is not None:
                 self._followers.restore_mappings()
@@ -379,8 +433,8 @@ class NBLModifier(Modifier):
             state.data.calib,
             self._candidates,
             Needs(
-                kind="attention",
-                input=self.input,
+                kind=self.kind,
+                input=self._spec.input,
                 heldout_nmse=self.max_nmse is not None,
                 losses=self._measures_losses,
                 windows=runs_again,
@@ -432,14 +486,16 @@ class NBLModifier(Modifier):
             _refuse_shared_pass(others)
 
     def _choose_from(self, model: PreTrainedModel) -> dict[int, str]:
-        """Return the attention layers to measure, names by layer index."""
-        found = candidate_layers(model, self._architecture, self.targets, self.ignore)
+        """Return the layers to measure, names of what may be replaced by index."""
+        found = candidate_layers(
+            model, self._architecture, self.targets, self.ignore, self.kind
+        )
         if self.layers is not None:
             missing = [index for index in self.layers if index not in found]
             if missing:
                 raise ValueError(
-                    f"NBLModifier.layers: {missing} are not among the attention layers "
-                    f"to choose from, {sorted(found)}."
+                    f"NBLModifier.layers: {missing} are not among the layers to choose "
+                    f"from, {sorted(found)}."
                 )
             found = {index: found[index] for index in self.layers}
             count, reason = len(found), "named in layers"
@@ -455,6 +511,33 @@ class NBLModifier(Modifier):
             count, reason, self.max_nmse, self.max_perplexity_increase
         )
         return found
+
+    def _choose_spec(self, model: PreTrainedModel) -> LinearizedLayer:
+        """Return what is done to each layer that is chosen."""
+        architecture, num_layers = self._architecture, self._budget.num_layers
+        total = len(decoder_layers(model, architecture))
+        reads = self.input
+        if self.method == "drop":
+            # Whether the norm in front goes, too: not if the MLP reads it.
+            gone = self.kind == "block" or "residual" in architecture.inputs
+            reads = "residual" if gone else "normalized"
+            if self.kind == "block" and num_layers == total:
+                raise ValueError(
+                    f"NBLModifier: method drop, kind block would leave none of the "
+                    f"{total} layers. Replace fewer."
+                )
+        elif self.kind == "attention":
+            check_input(architecture, self.input)
+        if self.estimator == "wo_wv":
+            for name in self._candidates.values():
+                check_weights_map(name, model.get_submodule(name), architecture)
+        rank = choose_rank(
+            model.config.hidden_size, num_layers, self.rank, self.max_parameters
+        )
+        if rank is not None and self._followers is not None:
+            name = next(iter(self._candidates.values()))
+            self._followers.refuse_groups(rank, f"{name}.linear")
+        return LinearizedLayer(reads, self.kind, self.method, rank)
 
     @property
     def _holds_out(self) -> bool:
@@ -478,7 +561,8 @@ class NBLModifier(Modifier):
             {index: layers[index] for index in self._candidates},
             self._candidates,
             self._architecture,
-            spec=LinearizedLayer(input=self.input),
+            spec=self._spec,
+            estimator=self.estimator,
             dampening_frac=self.dampening_frac,
             criterion=self.criterion,
             keep=keep,
@@ -522,7 +606,7 @@ class NBLModifier(Modifier):
             model_type=self._architecture.model_type,
             num_hidden_layers=len(decoder_layers(model, self._architecture)),
             criterion=self.criterion,
-            input=self.input,
+            input=self._spec.input,
             selected_layers=sorted({*self._earlier, *outcome.replacements}),
             layers=results,
             num_calibration_samples=self._num_samples,
@@ -537,14 +621,18 @@ class NBLModifier(Modifier):
             refit=self.refit,
             binding=outcome.binding,
             heldout=outcome.heldout,
+            kind=self.kind,
+            method=self.method,
+            estimator=self.estimator,
+            rank=self._spec.rank,
         )
 
     @property
     def _linearized(self) -> dict[int, LinearizedLayer]:
         """All linearized layers, those of earlier runs included."""
         assert self._report is not None
-        spec = LinearizedLayer(input=self.input)
-        return dict.fromkeys(self._report.selected_layers, spec) | self._earlier
+        layers = dict.fromkeys(self._report.selected_layers, self._spec)
+        return layers | self._earlier
 
     def _convert(self, model: PreTrainedModel) -> None:
         convert_in_place(
@@ -557,7 +645,7 @@ def _refuse_shared_pass(others: Sequence[Modifier]) -> None:
         raise ValueError(
             f"NBLModifier shares its calibration pass with "
             f"{', '.join(type(m).__name__ for m in others)}, which would work on "
-            "attention layers that are about to be replaced. Use "
+            "layers that are about to be replaced. Use "
             "oneshot(pipeline='independent'), the default."
         )
 

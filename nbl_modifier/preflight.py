@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from compressed_tensors.utils import match_named_modules
 from loguru import logger
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, architecture_of
 from .distributed import Ranks
-from .hf.modeling_nbl import LinearizedAttention, decoder_layers
+from .hf.modeling_nbl import (
+    DroppedAttention,
+    LinearizedAttention,
+    LinearizedBlock,
+    decoder_layers,
+)
 from .upstream import rewind_generator
 from .windows import held_out_batches
 
@@ -96,9 +101,10 @@ def candidate_layers(
     architecture: Architecture,
     targets: Sequence[str] | None,
     ignore: Sequence[str],
+    kind: str = "attention",
 ) -> dict[int, str]:
     """
-    Return the attention modules that may be replaced, names by decoder layer index.
+    Return the modules that may be replaced, names by decoder layer index.
 
     Those that were replaced in an earlier run are not among them.
 
@@ -106,15 +112,18 @@ def candidate_layers(
     :param architecture: its family
     :param targets: names, ``re:`` patterns or class names; None: all of the decoder
     :param ignore: the same, to leave out
-    :raises ValueError: if a target matches no attention module of the decoder, or there
-        is none left
+    :param kind: ``attention`` modules, or decoder layers (``block``)
+    :raises ValueError: if a target matches no such module of the decoder, or there is
+        none left
     """
+    what = "attention module" if kind == "attention" else "decoder layer"
+    name_of = (
+        architecture.attention_name if kind == "attention" else architecture.layer_name
+    )
     names = {
-        index: architecture.attention_name(index)
+        index: name_of(index)
         for index, layer in enumerate(decoder_layers(model, architecture))
-        if not isinstance(
-            layer.get_submodule(architecture.attention), LinearizedAttention
-        )
+        if not _is_replaced(layer, architecture)
     }
     if not names:
         raise ValueError(
@@ -131,15 +140,22 @@ def candidate_layers(
         nothing = [target for target in targets if not matching(target)]
         if nothing or not targets:
             raise ValueError(
-                f"NBLModifier.targets: {nothing} matches no attention module. What can "
+                f"NBLModifier.targets: {nothing} matches no {what}. What can "
                 f"be matched: {', '.join(names.values())}."
             )
         allowed = set().union(*map(matching, targets))
     for pattern in ignore:
         if not matching(pattern):
-            logger.warning("NBLModifier.ignore: {!r} matches no attention", pattern)
+            logger.warning("NBLModifier.ignore: {!r} matches no {}", pattern, what)
         allowed -= matching(pattern)
     return {index: name for index, name in names.items() if name in allowed}
+
+
+def _is_replaced(layer: nn.Module, architecture: Architecture) -> bool:
+    return isinstance(layer, LinearizedBlock) or isinstance(
+        layer.get_submodule(architecture.attention),
+        (LinearizedAttention, DroppedAttention),
+    )
 
 
 def check_calibration_data(

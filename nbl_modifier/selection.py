@@ -95,7 +95,7 @@ def count_layers(
     if num_layers is not None:
         if num_layers > available:
             raise ValueError(
-                f"NBLModifier.num_layers: there are {available} attention layers "
+                f"NBLModifier.num_layers: there are {available} layers "
                 f"to choose from, got {num_layers}. Use {available} or fewer."
             )
         return num_layers, f"num_layers={num_layers}"

@@ -43,7 +43,7 @@ LAYERS = {
     ),
     "modifier": Layer(
         ours="search reuse store calibration composition saving smoothing preflight"
-        " surgery upstream report hf architectures selection",
+        " fitting methods surgery upstream report hf architectures selection",
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
     "search": Layer(
@@ -61,7 +61,8 @@ LAYERS = {
     ),
     "forward": Layer(ours="windows hf architectures", packages="torch transformers"),
     "calibration": Layer(
-        ours="store distributed capture preflight surgery hf architectures numerics",
+        ours="store distributed capture fitting preflight surgery hf architectures"
+        " numerics",
         packages="llmcompressor loguru torch",
     ),
     "reuse": Layer(
@@ -87,6 +88,7 @@ LAYERS = {
         ours="distributed windows upstream hf architectures",
         packages="compressed_tensors loguru torch transformers",
     ),
+    "methods": Layer(),
     "fitting": Layer(ours="surgery hf architectures numerics", packages="torch"),
     "surgery": Layer(ours="hf architectures", packages="compressed_tensors torch"),
     "windows": Layer(packages="torch"),

@@ -5,7 +5,7 @@ map, both from second moments alone.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,6 +35,14 @@ class LinearMap:
     def bias(self) -> Tensor:
         """``mean_y - weight mean_x``, ``[d_out]``, float64."""
         return self.mean_y - self.weight @ self.mean_x
+
+    def scaled(self, factor: float) -> "LinearMap":
+        """
+        Return the map to ``factor`` times y.
+
+        :param factor: dimensionless
+        """
+        return replace(self, weight=self.weight * factor, mean_y=self.mean_y * factor)
 
     def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """

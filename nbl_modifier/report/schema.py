@@ -119,6 +119,10 @@ class NBLReport:
     :param heldout: perplexities on held-out windows, if there were any
     :param training: how the weights were trained after the layers were replaced, in
         words
+    :param kind: ``attention`` or ``block``, what was replaced
+    :param method: ``linear`` or ``drop``, what replaced it
+    :param estimator: ``lmmse`` or ``wo_wv``, where the linear maps come from
+    :param rank: of the linear maps; None: full rank
     """
 
     format_version: int
@@ -143,6 +147,10 @@ class NBLReport:
     binding: str | None = None
     heldout: HeldoutResult | None = None
     training: str | None = None
+    kind: str = "attention"
+    method: str = "linear"
+    estimator: str = "lmmse"
+    rank: int | None = None
 
     @property
     def num_replaced(self) -> int:
