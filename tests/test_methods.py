@@ -396,7 +396,7 @@ def test_rank_that_does_not_fit_the_model_is_refused(
 def test_groups_that_do_not_fit_the_rank_are_refused_early(
     folder: Path, rows: Dataset
 ) -> None:
-    fitting = {"layers": [1], "rank": 8}
+    fitting: dict[str, Any] = {"layers": [1], "rank": 8}
 
     def quantizer(*ignore: str) -> QuantizationModifier:
         return QuantizationModifier(

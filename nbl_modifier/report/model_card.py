@@ -18,13 +18,12 @@ _TEMPLATE = """\
 
 # {title}
 
-{base_link} with the attention of {m} of {k} decoder layers replaced by one
-linear map each{quantized}. Made with
+{base_link} with {m} of {k} {subject} {outcome}{quantized}. Made with
 [Neural Block Linearization](https://arxiv.org/abs/2505.21077) (NBL), a modifier for
 [llm-compressor](https://github.com/vllm-project/llm-compressor).
 
-- linear layers: {layers} (layer numbers from 0); all other layers keep attention
-- class: `{architecture}`, `model_type` `nbl_{model_type}`
+- layers {action}: {layers} (of the base model, numbers from 0)
+- class: `{architecture}`, `model_type` `{model_type}`
 - KV cache: {kept} of {k} layers keep one, {kv_percent:.1f} % of the base model's bytes
   per token, so {kv_ratio} the tokens fit in the same memory
 {quantization_line}{training_line}\
@@ -33,12 +32,12 @@ linear map each{quantized}. Made with
 ## Figures
 
 {figures}\
-Layers in the order of the ranking by `{criterion}`, replaced layers in bold. `bound` is
-sum(1 - rho_i^2) between the residual stream before and after attention; `NMSE` is the
-error of the linear map over the variance of the attention output; `residual NMSE` is
-the same error over the variance of the residual stream after the layer; `loss` is the
-increase of the loss on held-out windows, in nats per token, with that layer alone
-replaced. What was not measured is left out.
+Layers in the order of the ranking by `{criterion}`, those {action} in bold. `bound` is
+sum(1 - rho_i^2) between the residual stream before and after {part}; `NMSE` is the
+error of what takes its place over the variance of what {part} adds to the stream;
+`residual NMSE` is the same error over the variance of the residual stream after it; `loss`
+is the increase of the loss on held-out windows, in nats per token, with that layer alone
+{action}. What was not measured is left out.
 
 {table}
 
@@ -46,6 +45,24 @@ replaced. What was not measured is left out.
 
 ## Load
 
+{load}## Made with
+
+{recipe}{versions}, {created}.
+
+## Citation
+
+```bibtex
+@article{{erdogan2025nbl,
+  title = {{Efficient Large Language Model Inference with Neural Block Linearization}},
+  author = {{Erdogan, Mete and Tonin, Francesco and Cevher, Volkan}},
+  journal = {{arXiv preprint arXiv:2505.21077}},
+  year = {{2025}}
+}}
+```
+"""
+
+# Where the package is needed.
+_LOAD = """\
 In transformers:
 
 ```bash
@@ -85,20 +102,24 @@ Layer ... does not dispatch through the Transformers attention interface and vLL
 no other way to handle it.
 ```
 
-## Made with
+"""
 
-{recipe}{versions}, {created}.
+# A model of the base class: blocks were dropped, and nothing else.
+_LOAD_PLAIN = """\
+The checkpoint is one of the base model's class with fewer layers. Whatever loads the
+base model loads it:
 
-## Citation
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-```bibtex
-@article{{erdogan2025nbl,
-  title = {{Efficient Large Language Model Inference with Neural Block Linearization}},
-  author = {{Erdogan, Mete and Tonin, Francesco and Cevher, Volkan}},
-  journal = {{arXiv preprint arXiv:2505.21077}},
-  year = {{2025}}
-}}
+model = AutoModelForCausalLM.from_pretrained("{directory}")
+tokenizer = AutoTokenizer.from_pretrained("{directory}")
 ```
+
+```bash
+vllm serve {directory}
+```
+
 """
 
 
@@ -116,16 +137,26 @@ def model_card(
     """
     name = Path(report.model).name or "model"
     kept = report.num_hidden_layers - report.num_replaced
+    needs_package = architecture_name.startswith("NBL")
+    load = _LOAD if needs_package else _LOAD_PLAIN
     return _TEMPLATE.format(
         front_matter=_front_matter(report, quantization),
-        title=f"{name}, {report.num_replaced} attention layers linear",
+        title=(
+            f"{name}, {report.num_replaced} {report.subject} "
+            f"{'dropped' if report.method == 'drop' else 'linear'}"
+        ),
         base_link=_link(report.model),
         m=report.num_replaced,
         k=report.num_hidden_layers,
         quantized=", then quantized" if quantization else "",
         layers=", ".join(map(str, report.selected_layers)) or "none",
         architecture=architecture_name,
-        model_type=report.model_type,
+        model_type=("nbl_" if needs_package else "") + report.model_type,
+        subject=report.subject,
+        outcome=report.outcome,
+        action=report.outcome.split()[0],
+        part="attention" if report.kind == "attention" else "the block",
+        load=load.format(directory="THIS_DIRECTORY"),
         kept=kept,
         kv_percent=100 * report.kv_cache_fraction,
         kv_ratio=f"{report.num_hidden_layers / kept:.3g} times" if kept else "all",
@@ -137,7 +168,6 @@ def model_card(
         figures=_evaluation_table(report.evaluation),
         criterion=report.criterion,
         table=markdown_table(report),
-        directory="THIS_DIRECTORY",
         recipe=f"```yaml\n{report.recipe.strip()}\n```\n\n" if report.recipe else "",
         versions=", ".join(f"{name} {v}" for name, v in report.versions.items()),
         created=report.created,

@@ -95,7 +95,7 @@ def ranking_figure(report: NBLReport) -> Figure:
     upper.set_ylabel("CCA bound  Σᵢ (1 − ρᵢ²)")
     lower.set_ylabel("NMSE of the linear map")
     _label_layers(lower, positions)
-    _add_legend(upper)
+    _add_legend(upper, report)
     figure.suptitle(_title(report), fontsize=11, color=_TEXT, x=0.01, ha="left")
     return figure
 
@@ -134,7 +134,7 @@ def correlations_figure(report: NBLReport) -> Figure:
     axes.minorticks_off()
     axes.set_ylabel("1 − ρ²  of each direction")
     _label_layers(axes, [layer.index for layer in layers])
-    _add_legend(axes)
+    _add_legend(axes, report)
     return figure
 
 
@@ -280,13 +280,13 @@ def _label_layers(axes: Axes, positions: list[int]) -> None:
     axes.tick_params(axis="x", labelsize=8.5 if len(positions) <= 40 else 5.5)
 
 
-def _add_legend(axes: Axes) -> None:
+def _add_legend(axes: Axes, report: NBLReport) -> None:
     from matplotlib.patches import Patch
 
     axes.legend(
         handles=[
-            Patch(color=_CHOSEN, label="attention replaced by a linear map"),
-            Patch(color=_KEPT, label="attention kept"),
+            Patch(color=_CHOSEN, label=f"{report.subject} {report.outcome}"),
+            Patch(color=_KEPT, label="kept"),
         ],
         loc="lower right",
         bbox_to_anchor=(1.0, 1.0),
@@ -300,6 +300,7 @@ def _add_legend(axes: Axes) -> None:
 def _title(report: NBLReport) -> str:
     model = Path(report.model).name or report.model
     return (
-        f"{model}: {report.num_replaced} of {report.num_hidden_layers} attention "
-        f"layers replaced, ranked by {report.criterion} (1 = replaced first)"
+        f"{model}: {report.num_replaced} of {report.num_hidden_layers} "
+        f"{report.subject} {report.outcome.split()[0]}, ranked by {report.criterion} "
+        "(1 = replaced first)"
     )

@@ -100,8 +100,8 @@ class NBLReport:
     :param num_hidden_layers: decoder layers in the model (K)
     :param criterion: what layers were ranked by, a field of their results
     :param input: ``residual`` or ``normalized``, what the linear maps read
-    :param selected_layers: indices of the replaced attention layers, ascending, those
-        of earlier runs included
+    :param selected_layers: indices of the replaced layers, ascending, those of earlier
+        runs included; in the model that still has its dropped blocks
     :param layers: one result per layer that was measured in this run
     :param num_calibration_samples: calibration sequences
     :param num_tokens: unmasked calibration tokens over all sequences
@@ -154,8 +154,21 @@ class NBLReport:
 
     @property
     def num_replaced(self) -> int:
-        """Number of replaced attention layers (m)."""
+        """Number of replaced layers (m)."""
         return len(self.selected_layers)
+
+    @property
+    def subject(self) -> str:
+        """What was replaced, in the plural: ``attention layers`` or ``blocks``."""
+        return "attention layers" if self.kind == "attention" else "blocks"
+
+    @property
+    def outcome(self) -> str:
+        """What was done to them, in words."""
+        if self.method == "drop":
+            return "dropped"
+        rank = "" if self.rank is None else f" of rank {self.rank}"
+        return f"replaced by one linear map{rank} each"
 
     @property
     def kv_cache_fraction(self) -> float:

@@ -80,10 +80,12 @@ def _summary(report: NBLReport) -> list[str]:
     """Return what was done, and on what grounds."""
     greedily = ", greedily" if report.selection == "greedy" else ""
     refitted = ", refitted" if report.refit else ""
+    low_rank = "" if report.rank is None else f", rank {report.rank}"
+    reads = "" if report.method == "drop" else f", input {report.input}{low_rank}"
     lines = [
         f"NBL on {report.model}: {report.num_replaced} of {report.num_hidden_layers} "
-        f"attention layers replaced{refitted}, ranked by {report.criterion}{greedily}, "
-        f"input {report.input}"
+        f"{report.subject} {report.outcome.split()[0]}{refitted}, "
+        f"ranked by {report.criterion}{greedily}{reads}"
     ]
     if report.heldout is not None:
         lines.append(_heldout(report.heldout))

@@ -31,7 +31,7 @@ def test_front_matter_is_what_the_hub_reads() -> None:
 def test_local_model_gives_its_name_only(model: str) -> None:
     card = model_card(make_report(model=model), NAME, None)
     assert "base_model" not in front_matter(card)
-    assert "llama with the attention of 2 of 4" in card
+    assert "llama with 2 of 4 attention layers replaced" in card
     assert str(Path(model).parent) not in card
 
 
@@ -39,7 +39,8 @@ def test_card_describes_the_checkpoint() -> None:
     report = make_report()
     card = model_card(report, NAME, None)
     for words in (
-        "linear layers: 0, 2 ",
+        "layers replaced: 0, 2 ",
+        "replaced by one linear map each. Made with",
         f"`{NAME}`",
         "`nbl_llama`",
         "50.0 %",
@@ -95,3 +96,22 @@ def test_all_layers_replaced_divides_by_nothing() -> None:
 )
 def test_quantization_of(config: dict[str, object], expected: str | None) -> None:
     assert quantization_of(config) == expected
+
+
+def test_card_of_low_rank_maps() -> None:
+    report = make_report(kind="block", rank=16)
+    card = model_card(report, NAME, None)
+    assert "2 of 4 blocks replaced by one linear map of rank 16 each. Made" in card
+    assert ", 2 blocks linear" in card
+
+
+def test_card_of_a_shorter_model_needs_no_package() -> None:
+    report = make_report(kind="block", method="drop")
+    card = model_card(report, "LlamaForCausalLM", None)
+    assert "with 2 of 4 blocks dropped. Made with" in card
+    assert "`model_type` `llama`" in card
+    assert "layers dropped: 0, 2 " in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "vllm serve" in card
+    assert "pip install" not in card
+    assert "custom code" not in card
