@@ -267,7 +267,7 @@ def test_report_card_and_recipe(llama: Path, rows: Dataset, tmp_path: Path) -> N
     assert report.num_tokens == 16 * 64
     assert report.recipe == (out / "recipe.yaml").read_text()
     card = (out / "README.md").read_text()
-    assert "linear layers: 0, 2" in card
+    assert "layers replaced: 0, 2" in card
     assert "NBLLlamaForCausalLM" in card
     assert str(llama.parent) not in card  # nothing about the machine it was made on
 
