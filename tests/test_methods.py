@@ -455,3 +455,24 @@ def test_linearized_in_two_runs_of_different_kinds(
     assert shorter.config.num_hidden_layers == 3
     assert sorted(shorter.config.linearized_layers()) == [0, 2]
     assert torch.equal(logits_of(load(third)), logits_of(shorter))
+
+
+@pytest.mark.parametrize("kind", ["attention", "block"])
+def test_statistics_serve_every_method_of_their_kind(
+    folder: Path, rows: Dataset, tmp_path: Path, kind: str
+) -> None:
+    kept = str(tmp_path / "statistics")
+    run(folder, rows, kind=kind, layers=[0, 2], save_statistics=kept)
+    variants: list[dict[str, Any]] = [{}, {"rank": 8}, {"method": "drop"}]
+    for fields in variants:
+        fresh, _ = run(folder, rows, kind=kind, layers=[0, 2], **fields)
+        reused, _ = run(
+            folder, rows, kind=kind, layers=[0, 2], statistics=kept, **fields
+        )
+        # what was held out is pooled again: sums in another order
+        torch.testing.assert_close(
+            logits_of(reused), logits_of(fresh), rtol=0, atol=1e-4
+        )
+    other = "block" if kind == "attention" else "attention"
+    with pytest.raises(ValueError, match=f"kind {kind}.*needs? {other}|has {other}"):
+        run(folder, rows, kind=other, layers=[0, 2], statistics=kept)
