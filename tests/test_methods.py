@@ -476,3 +476,24 @@ def test_statistics_serve_every_method_of_their_kind(
     other = "block" if kind == "attention" else "attention"
     with pytest.raises(ValueError, match=f"kind {kind}.*needs? {other}|has {other}"):
         run(folder, rows, kind=other, layers=[0, 2], statistics=kept)
+
+
+@pytest.mark.parametrize(
+    ("fields", "input_", "refit"),
+    [
+        ({}, "normalized", True),
+        ({"rank": 8}, "normalized", True),
+        ({"kind": "block"}, "residual", True),
+        ({"method": "drop"}, "residual", False),
+        ({"estimator": "wo_wv", "input": "normalized"}, "normalized", False),
+    ],
+)
+def test_preset_fills_in_what_has_a_meaning(
+    fields: dict[str, Any], input_: str, refit: bool
+) -> None:
+    modifier = NBLModifier(num_layers=2, preset="best", **fields)
+    assert (modifier.criterion, modifier.input, modifier.refit) == (
+        "loss",
+        input_,
+        refit,
+    )
