@@ -164,7 +164,7 @@ class Calibration:
         if index in self._stored:
             return
         if self._spec.kind == "block":
-            see = partial(self._see_block, state, index)
+            see = self._guarded(partial(self._see_block, state, index))
             register(self._layers[index], see, "forward", with_kwargs=True)
             return
         if self._architecture.input_norm is not None:
