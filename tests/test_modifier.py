@@ -242,6 +242,32 @@ def test_trained_model_in_bfloat16() -> None:
         assert_map(model, index, seen.residual, seen.output, 2**-9)
 
 
+def test_paper_mode_is_the_papers_algorithms_on_a_trained_model(
+    tmp_path: Path,
+) -> None:
+    """W, b, bounds and ranking of every layer, to 1e-6: Algorithms 1 and 2 in scipy."""
+    # float32, since the checkpoint's bfloat16 rounds W to three digits
+    load(DEMO_MODEL).float().save_pretrained(tmp_path / "model")
+    texts = data.stdlib_texts("calibration")
+    windows = data.pack(texts, demo_tokenizer(), seq_length=128, num_sequences=24)
+    model, report = run(tmp_path / "model", NBLModifier(num_layers=16), windows)
+    plain = activations(tmp_path / "model", windows)
+    bounds = [seen.bound for seen in plain]
+    assert [layer.index for layer in report.ranking] == list(np.argsort(bounds))
+    assert linearized(model) == list(range(16))
+    for layer in report.layers:
+        assert layer.cca_bound == pytest.approx(bounds[layer.index], rel=1e-6)
+        seen = plain[layer.index]
+        assert_map(model, layer.index, seen.residual, seen.output, 1e-6)
+        W, b = oracle.lmmse(seen.residual, seen.output)
+        # b = E[y] - W E[x] is a difference: 1e-6 of its terms
+        linear = model.model.layers[layer.index].self_attn.linear
+        terms = np.linalg.norm(seen.output.mean(0))
+        terms += np.linalg.norm(W) * np.linalg.norm(seen.residual.mean(0))
+        bias = linear.bias.detach().double().numpy()
+        assert np.linalg.norm(bias - b) <= 1e-6 * terms
+
+
 def test_dampening_is_added_to_the_covariance(
     llama: Path, rows: Dataset, plain: list[Activations]
 ) -> None:
