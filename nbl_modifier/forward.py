@@ -22,6 +22,10 @@ from .windows import Batch
 
 __all__ = ["PartialForward"]
 
+# Columns of a calibration set that say what to predict; with them a model would compute
+# a loss of its own.
+_NOT_INPUTS = {"labels", "loss_mask"}
+
 
 class PartialForward:
     """
@@ -98,11 +102,13 @@ class PartialForward:
 
     def _call(self, batch: Batch) -> Any:
         device = self._device
+        inputs = {
+            name: values.to(device)
+            for name, values in batch.items()
+            if name not in _NOT_INPUTS
+        }
         with torch.no_grad():
-            return self._model(
-                **{name: values.to(device) for name, values in batch.items()},
-                use_cache=False,
-            )
+            return self._model(**inputs, use_cache=False)
 
     @property
     def _device(self) -> torch.device:

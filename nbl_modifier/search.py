@@ -295,7 +295,8 @@ def find_replacements(
     if data is None:
         return Search(criterion, budget).one_shot(calibration)
     forward = PartialForward(state.model, architecture)
-    windows = Windows(data.batches, state.loss_masks)
+    placeholder = getattr(state.model.config, "image_token_id", None)
+    windows = Windows(data.batches, state.loss_masks, placeholder)
     passes = Passes(state, forward, architecture, windows, new_calibration)
     # The basic pipeline has left this context by now.
     with calibration_forward_context(state.model):

@@ -26,16 +26,20 @@ class Windows:
         and the like, ``[batch, tokens]``
     :param loss_masks: ``[batch, tokens]``, nonzero where a token counts, for each
         batch, or None
+    :param placeholder: token that stands for a piece of an image, never to be
+        predicted, or None
     """
 
     batches: Sequence[Batch]
     loss_masks: Sequence[Tensor] | None = None
+    placeholder: int | None = None
 
     def targets(self, number: int) -> Tensor:
         """
         Return which tokens of a batch are to be predicted, bool ``[batch, tokens]``.
 
-        Neither padding nor what is masked from the loss, nor the first token.
+        Neither padding nor what is masked from the loss, nor the first token, nor
+        pieces of images.
         """
         batch = self.batches[number]
         tokens = batch["input_ids"]
@@ -46,6 +50,8 @@ class Windows:
         counts[:, 0] = False
         if self.loss_masks is not None:
             counts &= self.loss_masks[number].to(tokens.device) != 0
+        if self.placeholder is not None:
+            counts &= tokens != self.placeholder
         return counts
 
     @property
@@ -59,6 +65,7 @@ class Windows:
         return Windows(
             [self.batches[number] for number in sorted(numbers)],
             masks and [masks[number] for number in sorted(numbers)],
+            self.placeholder,
         )
 
 
