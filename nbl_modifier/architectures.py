@@ -38,6 +38,8 @@ class Architecture:
     :param parallel: whether the MLP reads the output of ``input_norm``, too
     :param output_scale: name of a decoder layer's factor between attention's output and
         the residual stream, or None
+    :param awq_mappings_of: class name under which llm-compressor knows what AWQ can
+        smooth here, where it knows nothing of ``causal_lm`` itself
     :param expert_names: weights of an expert that checkpoints name otherwise than
         llm-compressor does: its name, theirs
     :param vllm_stream: how vLLM's decoder layers hand on the residual stream: as the
@@ -56,6 +58,7 @@ class Architecture:
     post_norm: str | None = None
     parallel: bool = False
     output_scale: str | None = None
+    awq_mappings_of: str | None = None
     expert_names: tuple[tuple[str, str], ...] = ()
     vllm_stream: str = "sum"
 
@@ -125,6 +128,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "mixtral",
             "MixtralForCausalLM",
             "MixtralModel",
+            awq_mappings_of="Qwen3MoeForCausalLM",
             expert_names=(("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")),
         ),
         Architecture("phi3", "Phi3ForCausalLM", "Phi3Model"),
@@ -151,6 +155,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "olmo2",
             "Olmo2ForCausalLM",
             "Olmo2Model",
+            awq_mappings_of="Olmo3ForCausalLM",
             input_norm=None,
             post_norm="post_attention_layernorm",
             vllm_stream="only",

@@ -29,10 +29,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from .architectures import architecture_of
 from .hf.configuration_nbl import NBLConfigMixin
 from .smoothing import (
     MixedModel,
+    mappings_of,
     refuse_class_names,
+    refuse_post_norms,
     rewrite_awq,
     rewrite_smoothquant,
 )
@@ -107,6 +110,8 @@ class Followers:
                     )
             mappings = self._user_mappings.get(id(modifier))
             refuse_class_names(_name(modifier), model, _mapping_targets(mappings))
+            if isinstance(modifier, (AWQModifier, SmoothQuantModifier)):
+                _refuse_post_norms(modifier, model)
             if mappings is not None and isinstance(model.config, NBLConfigMixin):
                 # Linearized in an earlier run: stale from the beginning.
                 self._rewrite_mappings(modifier, MixedModel.of(model))
@@ -171,6 +176,22 @@ class Followers:
         elif isinstance(modifier, SmoothQuantModifier):
             mappings = self._user_mappings[id(modifier)]
             modifier.mappings = list(rewrite_smoothquant(mappings, mixed))
+
+
+def _refuse_post_norms(
+    modifier: AWQModifier | SmoothQuantModifier, model: PreTrainedModel
+) -> None:
+    architecture = architecture_of(model.config.model_type)
+    mappings: Sequence[Any] | None = modifier.mappings
+    if mappings is None:
+        mappings = mappings_of(type(modifier), architecture)
+    smooth = [
+        mapping.smooth_layer
+        if hasattr(mapping, "smooth_layer")
+        else tree_leaves(mapping)[-1]
+        for mapping in mappings
+    ]
+    refuse_post_norms(_name(modifier), model, architecture, smooth)
 
 
 def _mapping_targets(mappings: Sequence[Any] | None) -> list[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.modifiers.transform.awq import AWQMapping
+from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 from llmcompressor.modifiers.transform.awq.dynamic_mappings import (
     AWQ_DYNAMIC_MAPPING_REGISTRY,
 )
@@ -22,6 +22,7 @@ from llmcompressor.modifiers.transform.awq.mappings import (
     AWQ_MAPPING_REGISTRY,
     default_mappings,
 )
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from llmcompressor.modifiers.transform.smoothquant.dynamic_mappings import (
     SMOOTHQUANT_DYNAMIC_MAPPING_REGISTRY,
 )
@@ -38,7 +39,9 @@ from .hf.configuration_nbl import LinearizedLayer
 
 __all__ = [
     "MixedModel",
+    "mappings_of",
     "refuse_class_names",
+    "refuse_post_norms",
     "register",
     "rewrite_awq",
     "rewrite_smoothquant",
@@ -84,7 +87,9 @@ class MixedModel:
 
         :param smooth: pattern of the module to smooth
         :param balance: patterns of its readers
+        :raises ValueError: if it is a norm behind attention
         """
+        refuse_post_norms("modifier", self.model, self.architecture, [smooth])
         everywhere = self._prefix(self.layers)
         kept, *readers = (
             f"re:(?!{everywhere}){_as_regex(target)}" for target in (smooth, *balance)
@@ -159,6 +164,70 @@ def refuse_class_names(owner: str, model: nn.Module, targets: Sequence[str]) -> 
             )
 
 
+def refuse_post_norms(
+    owner: str, model: nn.Module, architecture: Architecture, smooth: Iterable[str]
+) -> None:
+    """
+    Refuse to smooth a norm behind attention, whose output is added to the stream.
+
+    No weights read it that could be multiplied by what it is divided by, so it would
+    change the model. llm-compressor's own mappings do so for Gemma, where the norm has
+    the name of another family's norm in front of the MLP.
+
+    :param owner: the modifier's class name, for the message
+    :param model: the model
+    :param architecture: its family
+    :param smooth: patterns and names of the modules to be smoothed
+    :raises ValueError: naming the pattern
+    """
+    if architecture.post_norm is None:
+        return
+    for target in smooth:
+        for name, _ in match_named_modules(model, [target], []):
+            if name.rpartition(".")[2] == architecture.post_norm:
+                raise ValueError(
+                    f"{owner}.mappings: {target!r} smooths {name}, which in "
+                    f"{architecture.causal_lm} is behind attention: its output is "
+                    "added to the residual stream and cannot be divided without "
+                    f"changing the model. Pass {owner}(mappings=[...]) without it."
+                )
+
+
+def mappings_of(
+    modifier: type[AWQModifier] | type[SmoothQuantModifier], architecture: Architecture
+) -> list[Any]:
+    """
+    Return what llm-compressor smooths in a family, within the text decoder.
+
+    :param modifier: ``AWQModifier`` or ``SmoothQuantModifier``
+    :param architecture: the family
+    """
+
+    def inside(target: str) -> str:
+        # a vision tower has layers and projections of the same names
+        return rf"re:(?={re.escape(architecture.layers)}\.){_as_regex(target)}"
+
+    if issubclass(modifier, AWQModifier):
+        known = architecture.awq_mappings_of or architecture.causal_lm
+        return [
+            replace(
+                mapping,
+                smooth_layer=inside(mapping.smooth_layer),
+                balance_layers=[inside(target) for target in mapping.balance_layers],
+            )
+            for mapping in AWQ_MAPPING_REGISTRY.get(known, default_mappings)
+        ]
+    return [
+        LayerMap(
+            balance_layers=[inside(target) for target in mapping.balance_layers],
+            smooth_layers=inside(mapping.smooth_layers),
+        )
+        for mapping in MAPPINGS_REGISTRY.get(
+            architecture.causal_lm, DEFAULT_SMOOTHQUANT_MAPPINGS
+        )
+    ]
+
+
 def rewrite_awq(
     mappings: Sequence[AWQMapping] | None, mixed: MixedModel
 ) -> list[AWQMapping]:
@@ -169,9 +238,7 @@ def rewrite_awq(
     :param mixed: the model
     """
     if mappings is None:
-        mappings = AWQ_MAPPING_REGISTRY.get(
-            mixed.architecture.causal_lm, default_mappings
-        )
+        mappings = mappings_of(AWQModifier, mixed.architecture)
     return [
         replace(mapping, smooth_layer=smooth, balance_layers=balance)
         for mapping in mappings
@@ -190,9 +257,7 @@ def rewrite_smoothquant(
     :param mixed: the model
     """
     if mappings is None:
-        mappings = MAPPINGS_REGISTRY.get(
-            mixed.architecture.causal_lm, DEFAULT_SMOOTHQUANT_MAPPINGS
-        )
+        mappings = mappings_of(SmoothQuantModifier, mixed.architecture)
     return [
         LayerMap(balance_layers=balance, smooth_layers=smooth)
         for *readers, norm in map(tree_leaves, mappings)

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier
+from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.hf.modeling_nbl import LinearizedAttention
 from tests.followers import (
     FAMILIES,
@@ -219,6 +220,71 @@ def test_quip_loads_as_it_does_without_nbl(
         unexpected.append({name.split(".")[-2] for name in keys})
         assert not any(info.values())
     assert unexpected == [{"u_output", "v_input"}] * 2
+
+
+OTHER_FAMILIES = sorted(ARCHITECTURES.keys() - {*FAMILIES, "llava"})
+
+
+EXPERTS = ["mixtral", "qwen3_moe"]
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        (family, recipe)
+        for family, recipe in itertools.product(OTHER_FAMILIES, ["w4a16", "w8a8"])
+        if not (family in EXPERTS and recipe == "w8a8")  # below
+    ],
+)
+def test_other_families(
+    tiny_models: TinyModels, rows: Dataset, tmp_path: Path, family: str, recipe: str
+) -> None:
+    """Every linear layer is quantized, and loads as it was; LLaVA: test_families.py."""
+    model = load(tiny_models(family))
+    nbl = NBLModifier(layers=[1, 2], input=ARCHITECTURES[family].inputs[0])
+    folder = tmp_path / "out"
+    compress(model, [nbl, *FOLLOWERS[recipe].make()], rows, output_dir=str(folder))
+    assert linearized(model) == [1, 2]
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert hasattr(module, "quantization_scheme") == (name != "lm_head"), name
+    nbl_modifier.hf.register()
+    reloaded, info = load_with_info(folder)
+    assert not any(info.values()), info
+    assert torch.equal(logits_of(reloaded), logits_of(model))
+
+
+@pytest.mark.parametrize("before", [[], [1, 2]], ids=["base", "nbl"])
+def test_int8_experts_are_not_loaded_by_transformers(
+    tiny_models: TinyModels, rows: Dataset, tmp_path: Path, before: list[int]
+) -> None:
+    """NBL or not, transformers 5.17 cannot fuse 8-bit experts; vLLM does not fuse."""
+    nbl = [NBLModifier(layers=before)] if before else []
+    recipe = [*nbl, *FOLLOWERS["w8a8"].make()]
+    folder = tmp_path / "out"
+    compress(load(tiny_models("qwen3_moe")), recipe, rows, output_dir=str(folder))
+    nbl_modifier.hf.register()
+    with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
+        load_with_info(folder)
+
+
+def test_mixtral_reloads_with_nbl_only(
+    tiny_models: TinyModels, rows: Dataset, tmp_path: Path
+) -> None:
+    """llm-compressor saves Mixtral's experts by names that nothing reads."""
+    nbl_modifier.hf.register()
+    for number, nbl in enumerate(([], [NBLModifier(layers=[1])])):
+        folder = tmp_path / str(number)
+        recipe = [*nbl, SmoothQuantModifier(smoothing_strength=0.5)]
+        model = compress(
+            load(tiny_models("mixtral")), recipe, rows, output_dir=str(folder)
+        )
+        reloaded, info = load_with_info(folder)
+        lost = any("experts" in name for name in info["missing_keys"])
+        assert lost == (not nbl)
+        # Experts are apart in memory and one weight once reloaded: other sums.
+        same = torch.allclose(logits_of(reloaded), logits_of(model), atol=1e-4)
+        assert same == bool(nbl)
 
 
 # --- what cannot be composed ----------------------------------------------------------

@@ -77,7 +77,7 @@ LAYERS = {
         packages="llmcompressor compressed_tensors transformers yaml",
     ),
     "composition": Layer(
-        ours="smoothing hf",
+        ours="smoothing hf architectures",
         packages="llmcompressor compressed_tensors torch transformers",
     ),
     "smoothing": Layer(

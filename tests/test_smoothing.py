@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nbl_modifier import NBLModifier
+from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.smoothing import MixedModel, rewrite_smoothquant
 from tests.followers import (
     FAMILIES,
@@ -64,7 +65,7 @@ def hidden_states(model: PreTrainedModel) -> Tensor:
 
 def norms(model: PreTrainedModel, name: str) -> list[Tensor]:
     """Return a norm's weight in each decoder layer that still has it."""
-    found = [getattr(layer, name) for layer in model.model.layers]
+    found = [getattr(layer, name, None) for layer in model.model.layers]
     return [norm.weight.detach().clone() for norm in found if hasattr(norm, "weight")]
 
 
@@ -116,6 +117,48 @@ def test_smoothing_is_an_identity(
         assert moved == [True] * (4 if kind == "normalized" else 4 - len(layers))
     elif recipe == "awq" and kind == "normalized":
         assert any(moved)  # AWQ may find no scale to be best
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        (family, recipe)
+        for family, recipe in itertools.product(
+            sorted(ARCHITECTURES.keys() - {*FAMILIES, "llava"}), ["awq", "smoothquant"]
+        )
+        # refused, below
+        if not (recipe == "smoothquant" and ARCHITECTURES[family].post_norm)
+    ],
+)
+def test_smoothing_is_an_identity_in_other_families(
+    tiny_models: TinyModels,
+    rows: Dataset,
+    linearized_only: Any,
+    family: str,
+    recipe: str,
+) -> None:
+    """Also AWQ on Mixtral and OLMo 2, where llm-compressor's mappings do not fit."""
+    layers, kind = [1, 2], ARCHITECTURES[family].inputs[-1]
+    expected, _ = linearized_only(family, layers, kind)
+    model = load(tiny_models(family))
+    modifiers = [NBLModifier(layers=layers, input=kind), *RECIPES[recipe]()]
+    compress(model, modifiers, rows)
+    error = torch.linalg.norm(hidden_states(model) - expected)
+    assert error <= 1e-5 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2"])
+def test_norm_behind_attention_is_not_smoothed(
+    tiny_models: TinyModels, rows: Dataset, family: str
+) -> None:
+    """By llm-compressor's own mappings or by the user's, before calibration."""
+    users = [(MLP, "re:.*post_attention_layernorm$")]
+    for mappings in (None, users):
+        model = load(tiny_models(family))
+        recipe = [NBLModifier(num_layers=1), SmoothQuantModifier(mappings=mappings)]
+        with pytest.raises(ValueError, match="is behind attention.*without it"):
+            compress(model, recipe, rows)
+        assert linearized(model) == []
 
 
 # --- the user's own mappings ----------------------------------------------------------

@@ -8,6 +8,10 @@ every process it starts. Importing this package needs neither vllm nor torch.
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nbl_modifier.architectures import Architecture
 
 __all__ = ["TESTED_VLLM", "register"]
 
@@ -31,6 +35,7 @@ def register() -> None:
     _warn_if_untested()
     # hf.register() would import each family's transformers model, which vLLM never uses
     for architecture in ARCHITECTURES.values():
+        _refuse_float16_as_base(architecture)
         if architecture.causal_lm in ModelRegistry.get_supported_archs():
             AutoConfig.register(
                 architecture.nbl_model_type, config_class(architecture), exist_ok=True
@@ -39,6 +44,19 @@ def register() -> None:
                 architecture.nbl_causal_lm,
                 f"{__name__}.model:{architecture.nbl_causal_lm}",
             )
+
+
+def _refuse_float16_as_base(architecture: Architecture) -> None:
+    """
+    Have vLLM refuse float16 where it refuses it for the base model (Gemma).
+
+    It knows such models by ``model_type`` (vLLM 0.32, config/model.py).
+    """
+    from vllm.config import model
+
+    reasons: dict[str, str] = getattr(model, "_FLOAT16_NOT_SUPPORTED_MODELS", {})
+    if architecture.model_type in reasons:
+        reasons[architecture.nbl_model_type] = reasons[architecture.model_type]
 
 
 @cache
