@@ -258,7 +258,7 @@ def test_other_families(
 def test_int8_experts_are_not_loaded_by_transformers(
     tiny_models: TinyModels, rows: Dataset, tmp_path: Path, before: list[int]
 ) -> None:
-    """NBL or not, transformers 5.17 cannot fuse 8-bit experts; vLLM does not fuse."""
+    """NBL or not, transformers 5.17 cannot fuse 8-bit experts."""
     nbl = [NBLModifier(layers=before)] if before else []
     recipe = [*nbl, *FOLLOWERS["w8a8"].make()]
     folder = tmp_path / "out"

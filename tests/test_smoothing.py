@@ -66,7 +66,8 @@ def hidden_states(model: PreTrainedModel) -> Tensor:
 def norms(model: PreTrainedModel, name: str) -> list[Tensor]:
     """Return a norm's weight in each decoder layer that still has it."""
     found = [getattr(layer, name, None) for layer in model.model.layers]
-    return [norm.weight.detach().clone() for norm in found if hasattr(norm, "weight")]
+    weights = [getattr(norm, "weight", None) for norm in found]
+    return [weight.detach().clone() for weight in weights if weight is not None]
 
 
 def changed(model: PreTrainedModel, before: list[Tensor], name: str) -> list[bool]:
@@ -152,7 +153,7 @@ def test_norm_behind_attention_is_not_smoothed(
     tiny_models: TinyModels, rows: Dataset, family: str
 ) -> None:
     """By llm-compressor's own mappings or by the user's, before calibration."""
-    users = [(MLP, "re:.*post_attention_layernorm$")]
+    users: list[tuple[Any, ...] | list[Any]] = [(MLP, "re:.*post_attention_layernorm$")]
     for mappings in (None, users):
         model = load(tiny_models(family))
         recipe = [NBLModifier(num_layers=1), SmoothQuantModifier(mappings=mappings)]
