@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .sources import positive
+
 if TYPE_CHECKING:
     from nbl_modifier.benchmark.plan import Grid, Settings
 
@@ -81,13 +83,13 @@ def _add_grid_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--generate-tokens",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens to generate per sequence (default: 64)",
     )
     add(
         "--repeats",
-        type=_positive,
+        type=positive,
         default=3,
         metavar="N",
         help="rounds, each of both models (default: 3)",
@@ -133,7 +135,7 @@ def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--kv-cache-gib",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="vLLM's KV cache on a CPU (default: VLLM_CPU_KVCACHE_SPACE, or 1)",
     )
@@ -259,15 +261,8 @@ def _progress(text: str) -> None:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    values = tuple(_positive(part) for part in text.split(","))
+    values = tuple(positive(part) for part in text.split(","))
     return tuple(sorted(set(values)))
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .probe import BASE, with_probes
+from .processes import part_of, process_group, rank, share_of, world_size
+from .sources import add_data_arguments, add_statistics_arguments, positive
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,7 +44,7 @@ class Plan:
     :param recipe: parsed recipe
     :param has_nbl: whether the recipe replaces attention layers
     :param tokenizer: the model's tokenizer
-    :param calibration: tokenized rows
+    :param calibration: tokenized rows, those of this process; None if none are needed
     :param heldout: token windows, or None for no perplexities
     """
 
@@ -50,7 +52,7 @@ class Plan:
     recipe: Recipe
     has_nbl: bool
     tokenizer: PreTrainedTokenizerBase
-    calibration: Dataset
+    calibration: Dataset | None
     heldout: Dataset | None
 
 
@@ -73,51 +75,10 @@ def add_parser(commands: Any) -> None:
     add("--recipe", required=True, metavar="FILE", help="llm-compressor recipe, YAML")
     add("--output", required=True, metavar="DIR", help="directory for the checkpoint")
     add("--overwrite", action="store_true", help="replace the checkpoint in --output")
-    _add_data_arguments(parser.add_argument_group("calibration"))
+    group = parser.add_argument_group("calibration")
+    add_data_arguments(group)
+    add_statistics_arguments(group)
     _add_heldout_arguments(parser.add_argument_group("evaluation"))
-
-
-def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
-    def add_number(name: str, default: int | None, text: str) -> None:
-        group.add_argument(
-            name, type=_positive, default=default, metavar="N", help=text
-        )
-
-    group.add_argument(
-        "--dataset",
-        default="stdlib",
-        metavar="SOURCE",
-        help="'stdlib' (source code of this Python's standard library; default), a "
-        ".txt, .json, .jsonl, .csv or .parquet file, a folder of text files, or a "
-        "dataset name for llm-compressor",
-    )
-    for name, text in {
-        "--dataset-config": "configuration of a named dataset",
-        "--split": "split of a named dataset, as in train[:5%%]",
-        "--text-column": "column that holds the text (default: text)",
-    }.items():
-        default = "text" if name == "--text-column" else None
-        group.add_argument(name, default=default, metavar="NAME", help=text)
-    add_number("--num-samples", 256, "calibration sequences (default: 256)")
-    add_number(
-        "--max-seq-length",
-        None,
-        "tokens per sequence (default: 2048, or the model's limit if lower)",
-    )
-    add_number("--batch-size", 1, "sequences per forward pass (default: 1)")
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="order of the text (default: 0)",
-    )
-    group.add_argument(
-        "--pipeline",
-        default="independent",
-        choices=["independent", "sequential", "basic", "datafree"],
-        help="as in llm-compressor (default: independent, one epoch per modifier)",
-    )
 
 
 def _add_heldout_arguments(group: argparse._ArgumentGroup) -> None:
@@ -129,7 +90,7 @@ def _add_heldout_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--heldout-samples",
-        type=_positive,
+        type=positive,
         default=64,
         metavar="N",
         help="held-out sequences (default: 64)",
@@ -142,20 +103,31 @@ def run(args: argparse.Namespace) -> None:
 
     :param args: parsed by the parser of ``add_parser``
     """
-    from .results import print_results
+    with process_group():
+        plan = prepare(args)
+        _announce(plan)
+        figures = calibrate(plan)
+        if rank() == 0:
+            from .results import print_results
 
-    plan = prepare(args)
-    rows, length = len(plan.calibration), len(plan.calibration[0]["input_ids"])
-    source = args.dataset
-    if source == "stdlib":
-        source = f"the standard library of Python {platform.python_version()}"
-    print(f"calibration: {min(rows, args.num_samples)} x {length} tokens of {source}")
-    if rows < args.num_samples:
-        print(f"note: {args.num_samples} sequences were asked for, there are {rows}")
+            print_results(args.output, args.model, plan.has_nbl, figures)
+
+
+def _announce(plan: Plan) -> None:
+    args, rows = plan.args, plan.calibration
+    if rows is None:
+        print(f"calibration: statistics in {args.statistics}")
+    else:
+        source = args.dataset
+        if source == "stdlib":
+            source = f"the standard library of Python {platform.python_version()}"
+        count = min(args.num_samples, len(rows) * world_size())
+        print(f"calibration: {count} x {len(rows[0]['input_ids'])} tokens of {source}")
+        if count < args.num_samples:
+            asked = args.num_samples
+            print(f"note: {asked} sequences were asked for, there are {count}")
     if plan.heldout is None:
         print("note: no perplexities, because there is no --heldout text")
-    figures = calibrate(plan)
-    print_results(args.output, args.model, plan.has_nbl, figures)
 
 
 def prepare(args: argparse.Namespace) -> Plan:
@@ -175,6 +147,7 @@ def prepare(args: argparse.Namespace) -> Plan:
         heldout_rows,
         load_tokenizer,
         sequence_length,
+        use_statistics,
     )
 
     check_output(args.output, args.model, args.overwrite)
@@ -188,7 +161,9 @@ def prepare(args: argparse.Namespace) -> Plan:
     config = check_model(args.model, linearize=has_nbl)
     seq_length = sequence_length(args, config)
     tokenizer = load_tokenizer(args.model)
-    calibration = calibration_rows(args, tokenizer, seq_length)
+    calibration = None
+    if use_statistics(args, recipe):
+        calibration = part_of(calibration_rows(args, tokenizer, seq_length))
     return Plan(
         args=args,
         recipe=recipe,
@@ -230,26 +205,22 @@ def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
             recipe, figures = with_probes(recipe, measure)
         else:  # one epoch for all modifiers, nothing to measure in between
             figures[BASE] = measure(model)
+    count = 0
+    if plan.calibration is not None:
+        count = share_of(args.num_samples, len(plan.calibration))
     oneshot(
         model=model,
         processor=processor,
         dataset=plan.calibration,
         recipe=recipe,
         output_dir=args.output,
-        num_calibration_samples=min(args.num_samples, len(plan.calibration)),
+        num_calibration_samples=count,
         # packed windows are shuffled already, and the same rows for each modifier
         shuffle_calibration_samples=not is_local(args.dataset),
         batch_size=args.batch_size,
         pipeline=args.pipeline,
     )
     del model
-    if plan.heldout is not None:
+    if plan.heldout is not None and rank() == 0:
         figures[SAVED] = measure(load_model(args.output))
     return figures
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

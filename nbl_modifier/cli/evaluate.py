@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .sources import positive
+
 if TYPE_CHECKING:
     from nbl_modifier.evaluation import Comparison, Task, TaskScores
     from nbl_modifier.evaluation.cache import ScoreCache
@@ -76,17 +78,17 @@ def add_parser(commands: Any) -> None:
         default="hf",
         help="transformers (default), or vLLM where that is installed",
     )
-    add("--limit", type=_positive, metavar="N", help="first N documents of each task")
+    add("--limit", type=positive, metavar="N", help="first N documents of each task")
     add(
         "--batch-size",
-        type=_positive,
+        type=positive,
         default=8,
         metavar="N",
         help="requests per forward pass, hf only (default: 8)",
     )
     add(
         "--max-model-len",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="context length, vllm only (default: the model's)",
     )
@@ -143,13 +145,6 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError("names no task")
     return names
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def _baseline_of(checkpoint: str) -> str:

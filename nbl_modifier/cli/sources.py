@@ -8,9 +8,107 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from llmcompressor.recipe import Recipe
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _MAX_DEFAULT_SEQ_LENGTH = 2048
+
+
+def add_data_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options that :func:`calibration_rows` reads."""
+
+    def add_number(name: str, default: int | None, text: str) -> None:
+        group.add_argument(name, type=positive, default=default, metavar="N", help=text)
+
+    group.add_argument(
+        "--dataset",
+        default="stdlib",
+        metavar="SOURCE",
+        help="'stdlib' (source code of this Python's standard library; default), a "
+        ".txt, .json, .jsonl, .csv or .parquet file, a folder of text files, or a "
+        "dataset name for llm-compressor",
+    )
+    for name, text in {
+        "--dataset-config": "configuration of a named dataset",
+        "--split": "split of a named dataset, as in train[:5%%]",
+        "--text-column": "column that holds the text (default: text)",
+    }.items():
+        default = "text" if name == "--text-column" else None
+        group.add_argument(name, default=default, metavar="NAME", help=text)
+    add_number("--num-samples", 256, "calibration sequences (default: 256)")
+    add_number(
+        "--max-seq-length",
+        None,
+        "tokens per sequence (default: 2048, or the model's limit if lower)",
+    )
+    add_number("--batch-size", 1, "sequences per forward pass (default: 1)")
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="order of the text (default: 0)",
+    )
+    group.add_argument(
+        "--pipeline",
+        default="independent",
+        choices=["independent", "sequential", "basic", "datafree"],
+        help="as in llm-compressor (default: independent, one epoch per modifier)",
+    )
+
+
+def add_statistics_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the options that :func:`use_statistics` reads."""
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
+        "--save-statistics",
+        metavar="DIR",
+        help="keep the statistics of every layer there; an interrupted calibration "
+        "goes on where it stopped",
+    )
+    either.add_argument(
+        "--statistics",
+        metavar="DIR",
+        help="use those of an earlier run instead of calibrating",
+    )
+
+
+def use_statistics(args: argparse.Namespace, recipe: Recipe) -> bool:
+    """
+    Hand ``--statistics`` or ``--save-statistics`` to the recipe's NBLModifier.
+
+    :param args: the command line
+    :param recipe: changed in place
+    :return: whether the recipe still needs calibration data
+    :raises ValueError: if there is no NBLModifier to use them
+    """
+    from nbl_modifier.modifier import NBLModifier
+
+    needs_data = False
+    for modifier in recipe.modifiers:
+        if not isinstance(modifier, NBLModifier):
+            needs_data |= modifier.requires_calibration_data
+            continue
+        if args.statistics or args.save_statistics:
+            modifier.statistics = args.statistics
+            modifier.save_statistics = args.save_statistics
+        runs_again = modifier.refit or modifier.selection == "greedy"
+        needs_data |= modifier.statistics is None or runs_again
+    asked = args.statistics or args.save_statistics
+    if asked and not any(isinstance(each, NBLModifier) for each in recipe.modifiers):
+        raise ValueError(
+            f"--statistics, --save-statistics {asked}: the recipe has no NBLModifier, "
+            "which they are of. Leave the option out."
+        )
+    return needs_data
+
+
+def positive(text: str) -> int:
+    """Return an option's value as a number that is at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def sequence_length(args: argparse.Namespace, config: PretrainedConfig) -> int:
