@@ -392,7 +392,14 @@ class NBLModifier(Modifier):
         )
         report = self._report = self._make_report(model, calibration, outcome)
         logger.info("NBL ranking\n{}", ranking_table(report))
-        logger.info("NBL replaces {}: {}", sorted(outcome.replacements), report.binding)
+        self._put_in_place(state, outcome)
+
+    def _put_in_place(self, state: State, outcome: Outcome) -> None:
+        """Replace the layers that were chosen, and tell all who have to know."""
+        assert self._report is not None
+        binding = self._report.binding
+        logger.info("NBL replaces {}: {}", sorted(outcome.replacements), binding)
+        model: PreTrainedModel = state.model
         layers = decoder_layers(model, self._architecture)
         replace(layers, self._architecture, outcome.replacements)
         # From here on the model must not be saved as what it no longer is, not even

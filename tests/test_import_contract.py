@@ -37,10 +37,11 @@ class Layer:
 # folder its files may import each other. Editing a row is a design decision.
 LAYERS = {
     "cli": Layer(
-        ours="modifier benchmark evaluation report data hf architectures",
+        ours="ranking modifier benchmark evaluation report data hf architectures",
         lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru"
         " yaml vllm lm_eval",
     ),
+    "ranking": Layer(ours="modifier search report", packages="llmcompressor pydantic"),
     "modifier": Layer(
         ours="search reuse store calibration composition saving smoothing preflight"
         " fitting methods surgery upstream report hf architectures selection",

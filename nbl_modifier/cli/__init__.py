@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import benchmark, compress, evaluate, generate, report
+from . import benchmark, compress, evaluate, generate, rank, report
 
 _DESCRIPTION = """\
 Neural Block Linearization: replace attention layers of a language model by linear
@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    rank.add_parser(commands)
     compress.add_parser(commands)
     evaluate.add_parser(commands)
     generate.add_parser(commands)

@@ -94,7 +94,7 @@ def print_results(
     if report is not None:
         print(f"KV cache per token: {report.kv_cache_fraction:.1%} of the base model's")
         print(f"report: {output}/nbl_report.json, model card: {output}/README.md")
-        _plot(report, output)
+        write_plot(report, output)
     needs = "vLLM and nbl-modifier are" if has_nbl else "vLLM is"
     print(f"\nserve it, where {needs} installed:")
     print(f"  vllm serve {output}")
@@ -122,7 +122,13 @@ def perplexity_table(figures: dict[str, PerplexityResult]) -> str:
     return "\n".join(lines)
 
 
-def _plot(report: NBLReport, output: str) -> None:
+def write_plot(report: NBLReport, output: str) -> None:
+    """
+    Write the figure of the ranking, or say why there is none.
+
+    :param report: of one run
+    :param output: folder
+    """
     from nbl_modifier.report.plots import plot_ranking
 
     try:

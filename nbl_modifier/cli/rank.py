@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``nbl rank``: measure the layers and rank them, change nothing."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .processes import part_of, process_group, rank, share_of
+from .sources import add_data_arguments, add_statistics_arguments
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from nbl_modifier.report.schema import NBLReport
+
+RANKING_FILE_NAME = "nbl_ranking.json"
+
+_DESCRIPTION = """\
+Measure how linear each layer is and rank them. The model is left as it is. Prints the
+ranking, writes it as JSON and as a plot. With --save-statistics, nbl compress
+--statistics then tries any number of layers, criterion or budget in seconds.
+"""
+_EPILOG = """\
+example:
+  nbl rank meta-llama/Llama-3.1-8B --dataset c4 --save-statistics stats
+  nbl rank meta-llama/Llama-3.1-8B --statistics stats --criterion nmse
+"""
+_CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss")
+
+
+def add_parser(commands: Any) -> None:
+    """
+    Add the command to the parser's subcommands.
+
+    :param commands: what ``ArgumentParser.add_subparsers`` returned
+    """
+    parser = commands.add_parser(
+        "rank",
+        help="measure and rank the layers, change nothing",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="directory or Hugging Face name")
+    add(
+        "--output",
+        default="nbl_ranking",
+        metavar="DIR",
+        help="folder for nbl_ranking.json and nbl_ranking.png (default: nbl_ranking)",
+    )
+    add(
+        "--criterion",
+        choices=_CRITERIA,
+        default=_CRITERIA[0],
+        help=f"what to rank by (default: {_CRITERIA[0]})",
+    )
+    add(
+        "--input",
+        choices=["residual", "normalized"],
+        default="residual",
+        help="what the linear layers would read (default: residual)",
+    )
+    group = parser.add_argument_group("calibration")
+    add_data_arguments(group)
+    add_statistics_arguments(group)
+
+
+def run(args: argparse.Namespace) -> None:
+    """
+    Run the command.
+
+    :param args: parsed by the parser of ``add_parser``
+    :raises ValueError: on bad input, before the model is loaded
+    """
+    from .logs import show_ours_and_warnings
+    from .results import write_plot
+    from .sources import calibration_rows, load_tokenizer, sequence_length
+
+    with process_group():
+        from .checks import check_model
+
+        if not args.debug:
+            show_ours_and_warnings()
+        folder = Path(args.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = check_model(args.model, linearize=True)
+        tokenizer = load_tokenizer(args.model)
+        rows = None
+        if args.statistics is None:
+            length = sequence_length(args, config)
+            rows = part_of(calibration_rows(args, tokenizer, length))
+        ranking = _measure(args, tokenizer, rows)
+        if rank() > 0:
+            return
+        _write(ranking, folder)
+        write_plot(ranking, str(folder))
+
+
+def _measure(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None
+) -> NBLReport:
+    import torch
+    from llmcompressor import oneshot
+    from transformers import AutoModelForCausalLM
+
+    from nbl_modifier.data import is_local
+    from nbl_modifier.ranking import RankingModifier
+
+    modifier = RankingModifier(
+        criterion=args.criterion,
+        input=args.input,
+        save_statistics=args.save_statistics,
+        statistics=args.statistics,
+    )
+    torch.manual_seed(args.seed)
+    processor: Any = tokenizer  # what oneshot expects, annotated narrower
+    oneshot(
+        model=AutoModelForCausalLM.from_pretrained(args.model, dtype="auto"),
+        processor=processor,
+        dataset=rows,
+        recipe=modifier,
+        num_calibration_samples=share_of(args.num_samples, len(rows or ())),
+        shuffle_calibration_samples=not is_local(args.dataset),
+        batch_size=args.batch_size,
+        pipeline=args.pipeline,
+    )
+    return modifier.ranking
+
+
+def _write(ranking: NBLReport, folder: Path) -> None:
+    from nbl_modifier.report.tables import ranking_table
+
+    print()
+    print(ranking_table(ranking), end="\n\n")
+    ranking.save(folder / RANKING_FILE_NAME)
+    print(f"written: {folder / RANKING_FILE_NAME}")
