@@ -214,6 +214,7 @@ class Case:
                 {i: self._architecture.attention_name(i) for i in self.candidates},
                 self._architecture,
                 spec=spec,
+                estimator="lmmse",
                 dampening_frac=0.0,
                 criterion="cca_bound",
                 keep=len(self.candidates),

@@ -60,6 +60,12 @@ def add_parser(commands: Any) -> None:
         help=f"what to rank by (default: {_CRITERIA[0]})",
     )
     add(
+        "--kind",
+        choices=["attention", "block"],
+        default="attention",
+        help="what would be replaced (default: attention)",
+    )
+    add(
         "--input",
         choices=["residual", "normalized"],
         default="residual",
@@ -113,6 +119,7 @@ def _measure(
 
     modifier = RankingModifier(
         criterion=args.criterion,
+        kind=args.kind,
         input=args.input,
         save_statistics=args.save_statistics,
         statistics=args.statistics,
