@@ -152,6 +152,8 @@ def stored_text(
         print(f"{windows.numel() / 1e6:.2f} M different tokens", flush=True)
     ranks.wait()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    for key in ("is_local", "local_files_only"):  # true of this copy only
+        tokenizer.init_kwargs.pop(key, None)
     return torch.load(path, weights_only=True), tokenizer
 
 

@@ -85,6 +85,8 @@ def test_model_is_what_was_asked_for(
     assert record["perplexity"] == perplexity(model, heldout).perplexity
     seen = pack([(source / "module_3.py").read_text()], tokenizer, 32)
     assert perplexity(model, seen).perplexity < 250  # 300 untrained
+    stored = json.loads((output / "tokenizer_config.json").read_text())
+    assert not {"is_local", "local_files_only"} & stored.keys()
     assert tokenizer.convert_tokens_to_ids(["<s>", "</s>"]) == [0, 1]
     text = "def f(x):\n    return 'ä'\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
