@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from nbl_modifier.evaluation.cache import ScoreCache
     from nbl_modifier.evaluation.harness import LoadedTask
 
-RESULTS_FILE_NAME = "nbl_evaluation.json"
 _FORMAT_VERSION = 1
 
 _DESCRIPTION = """\
@@ -95,7 +94,7 @@ def add_parser(commands: Any) -> None:
     add(
         "--output",
         metavar="DIR",
-        help=f"folder for {RESULTS_FILE_NAME} (default: the checkpoint's)",
+        help="folder for nbl_evaluation.json (default: the checkpoint's)",
     )
     add(
         "--cache",
@@ -116,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from nbl_modifier.evaluation import compare, load_tasks
     from nbl_modifier.evaluation.table import comparison_table
+    from nbl_modifier.report.measurements import EVALUATION_FILE_NAME
 
     from .checks import check_model
 
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
     comparison = compare(base, compressed)
     print(f"\n{args.checkpoint}, compared with {baseline}, backend {args.backend}\n")
     print(comparison_table(comparison))
-    path = output / RESULTS_FILE_NAME
+    path = output / EVALUATION_FILE_NAME
     _write(path, baseline, comparison, args)
     print(f"\nresults: {path}, {time.perf_counter() - start:,.0f} s")
 
@@ -175,7 +175,7 @@ def _output_folder(args: argparse.Namespace) -> Path:
     if not args.output and not Path(named).is_dir():
         raise ValueError(
             f"{args.checkpoint}: is no directory, so there is no place for "
-            f"{RESULTS_FILE_NAME}. Pass --output."
+            "nbl_evaluation.json. Pass --output."
         )
     check_writable(Path(named))
     return Path(named)
