@@ -7,10 +7,12 @@ Calibration and held-out text, and its packing into token windows.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -28,11 +30,37 @@ _SKIPPED_FOLDERS = frozenset(
 # Shorter files say nothing, longer ones are generated tables.
 _MIN_CHARACTERS, _MAX_CHARACTERS = 400, 60_000
 _TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py"})
+# `datasets` unpacks tables so packed; zst needs the package zstandard.
+_PACKED_SUFFIXES = frozenset({".gz", ".bz2", ".xz", ".zst"})
 _TABLE_BUILDERS = {
     ".json": "json",
     ".jsonl": "json",
     ".csv": "csv",
     ".parquet": "parquet",
+}
+# C4 is too large to download whole, and is read as far as it is needed.
+_SHUFFLE_BUFFER = 10_000
+
+
+@dataclass(frozen=True)
+class HubText:
+    """
+    A text corpus on the Hugging Face hub.
+
+    :param path: repository
+    :param config: configuration if none is asked for; None for its only one
+    :param is_one_text: whether its rows are the lines of one text, not documents
+    """
+
+    path: str
+    config: str | None
+    is_one_text: bool
+
+
+# The paper's calibration texts, under llm-compressor's names for them.
+HUB_TEXTS = {
+    "c4": HubText("allenai/c4", "en", is_one_text=False),
+    "wikitext": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", is_one_text=True),
 }
 
 
@@ -45,9 +73,18 @@ def is_local(source: str) -> bool:
     :param source: ``stdlib``, a path, or a dataset name
     """
     looks_like_path = source.startswith((".", "~", os.sep)) or (
-        Path(source).suffix.lower() in _TEXT_SUFFIXES | set(_TABLE_BUILDERS)
+        _suffix(Path(source)) in _TEXT_SUFFIXES | set(_TABLE_BUILDERS)
     )
     return source == STDLIB or looks_like_path or Path(source).exists()
+
+
+def is_packed(source: str) -> bool:
+    """
+    Return True if ``source`` is packed here, not prepared by llm-compressor.
+
+    :param source: as for ``is_local``
+    """
+    return is_local(source) or source in HUB_TEXTS
 
 
 def load_texts(
@@ -56,11 +93,12 @@ def load_texts(
     """
     Return the documents of a local source.
 
-    :param source: ``stdlib``, or a .txt, .json, .jsonl, .csv or .parquet file, or a
-        folder of text files
-    :param split: which half of ``stdlib``; other sources are not split
+    :param source: ``stdlib``, or a text file, a .json, .jsonl, .csv or .parquet table,
+        packed with gzip or not, or a folder of these
+    :param split: which half of ``stdlib``, which other sources do not have;
+        calibration documents are in random order
     :param text_column: column that holds the text in a table
-    :param seed: order of the calibration half of ``stdlib``
+    :param seed: of that order
     :return: non-empty texts
     :raises FileNotFoundError: if the path does not exist
     :raises ValueError: if there is no text in it, or no such column
@@ -79,7 +117,41 @@ def load_texts(
             f"dataset {source}: holds no text. Pass a file with text in it, or "
             f"'{STDLIB}' for the built-in text."
         )
+    if split == "calibration":
+        random.Random(seed).shuffle(texts)
     return texts
+
+
+def hub_texts(
+    name: str, config: str | None = None, split: str | None = None, seed: int = 0
+) -> Iterator[str]:
+    """
+    Yield the documents of a text corpus on the hub, in random order, as they arrive.
+
+    :param name: a key of ``HUB_TEXTS``
+    :param config: configuration, None for the usual one
+    :param split: None for ``train``
+    :param seed: of the order
+    :raises ValueError: if it cannot be read
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    corpus = HUB_TEXTS[name]
+    config, split = config or corpus.config, split or "train"
+    try:
+        rows = load_dataset(corpus.path, config, split=split, streaming=True)
+        if corpus.is_one_text:
+            yield "".join(row["text"] for row in rows)
+            return
+        for row in rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER):
+            yield row["text"]
+    except (OSError, ValueError, DatasetNotFoundError) as err:
+        reason = str(err).strip().splitlines()[0]
+        raise ValueError(
+            f"{corpus.path}, {config}, {split}: cannot be read from the hub "
+            f"({reason}). Check the network and HF_HUB_OFFLINE, or pass a file."
+        ) from err
 
 
 def stdlib_texts(split: Split, seed: int = 0) -> list[str]:
@@ -158,6 +230,42 @@ def pack(
     return Dataset.from_dict({"input_ids": windows, "attention_mask": masks})
 
 
+def calibration_windows(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+    num_sequences: int,
+    seed: int = 0,
+) -> Dataset:
+    """
+    Pack documents that are in random order; of a single one, draw windows.
+
+    :param texts: documents
+    :param tokenizer: the model's tokenizer
+    :param seq_length: tokens per window
+    :param num_sequences: windows wanted at most
+    :param seed: which windows of a single document
+    :return: rows as from :func:`pack`
+    :raises ValueError: if there is not one full window
+    """
+    documents = iter(texts)
+    first = list(itertools.islice(documents, 2))
+    if len(first) > 1:
+        everything = itertools.chain(first, documents)
+        return pack(everything, tokenizer, seq_length, num_sequences)
+    windows = pack(first, tokenizer, seq_length)
+    count = min(num_sequences, len(windows))
+    return windows.select(random.Random(seed).sample(range(len(windows)), count))
+
+
+def _suffix(path: Path) -> str:
+    """Return the suffix in lower case, of a packed file that of what is inside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in _PACKED_SUFFIXES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
 def _is_library(path: Path, root: Path) -> bool:
     return _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts)
 
@@ -166,12 +274,22 @@ def _read(path: Path, text_column: str) -> Iterator[str]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         for file in files:
-            if file.suffix.lower() in _TEXT_SUFFIXES:
-                yield file.read_text(encoding="utf-8", errors="replace")
-    elif path.suffix.lower() in _TABLE_BUILDERS:
+            if _suffix(file) in _TEXT_SUFFIXES | set(_TABLE_BUILDERS):
+                yield from _read(file, text_column)
+    elif _suffix(path) in _TABLE_BUILDERS:
         yield from _read_table(path, text_column)
     else:
-        yield path.read_text(encoding="utf-8", errors="replace")
+        yield _read_text(path)
+
+
+def _read_text(path: Path) -> str:
+    content = path.read_bytes()
+    if path.suffix.lower() in _PACKED_SUFFIXES or b"\0" in content[:4096]:
+        raise ValueError(
+            f"dataset {path}: is no text file. Unpack it, or pass a table: "
+            f"{', '.join(_TABLE_BUILDERS)}, packed or not."
+        )
+    return content.decode("utf-8", errors="replace")
 
 
 def _read_table(path: Path, text_column: str) -> list[str]:
@@ -180,7 +298,7 @@ def _read_table(path: Path, text_column: str) -> list[str]:
 
     if path.stat().st_size == 0:  # datasets would raise about a missing schema
         return []
-    builder = _TABLE_BUILDERS[path.suffix.lower()]
+    builder = _TABLE_BUILDERS[_suffix(path)]
     try:
         table = load_dataset(builder, data_files=str(path), split="train")
     except DatasetGenerationError as err:

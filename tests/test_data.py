@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sources of text, and their packing into full windows that start with BOS once."""
 
+import dataclasses
+import gzip
 import json
 import sysconfig
 from pathlib import Path
@@ -10,7 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbl_modifier.data import is_local, load_texts, pack, stdlib_texts
+from nbl_modifier.data import (
+    HUB_TEXTS,
+    calibration_windows,
+    hub_texts,
+    is_local,
+    load_texts,
+    pack,
+    stdlib_texts,
+)
 
 BOS = 0
 
@@ -164,8 +174,88 @@ def test_folder_is_read_in_order_and_skips_other_files(tmp_path: Path) -> None:
     write(tmp_path / "a.md", "first")
     write(tmp_path / "sub" / "c.py", "third")
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    texts = load_texts(str(tmp_path), "calibration")
-    assert texts == ["first", "second", "third"]
+    write(tmp_path / "sub" / "d.jsonl", json.dumps({"text": "fourth"}))
+    texts = load_texts(str(tmp_path), "heldout")
+    assert texts == ["first", "second", "third", "fourth"]
+
+
+def test_packed_table_is_read_and_packed_text_refused(tmp_path: Path) -> None:
+    table, text = tmp_path / "a.json.gz", tmp_path / "a.txt.gz"
+    table.write_bytes(gzip.compress(b'{"text": "first"}\n{"text": "second"}'))
+    text.write_bytes(gzip.compress(b"first"))
+    assert load_texts(str(table), "heldout") == ["first", "second"]
+    with pytest.raises(ValueError, match="is no text file. Unpack it"):
+        load_texts(str(text), "heldout")
+
+
+def test_rows_may_hold_anything_beside_the_text(tmp_path: Path) -> None:
+    """As the Pile's do."""
+    rows = [
+        {"text": "first", "meta": {"pile_set_name": "Github"}},
+        {"text": "second", "meta": {"stars": [1, 2]}},
+        {"text": None, "meta": "none"},
+    ]
+    path = write(tmp_path / "pile.jsonl", "\n".join(map(json.dumps, rows)))
+    assert load_texts(path, "heldout") == ["first", "second"]
+
+
+def test_seed_draws_the_order_of_calibration_documents(tmp_path: Path) -> None:
+    rows = [{"text": str(i)} for i in range(20)]
+    path = write(tmp_path / "a.json", json.dumps(rows))
+    first, second = (load_texts(path, "calibration", seed=seed) for seed in (0, 1))
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert load_texts(path, "calibration", seed=0) == first
+    assert load_texts(path, "heldout") == [row["text"] for row in rows]
+
+
+def test_windows_of_a_single_document_are_drawn() -> None:
+    text = "".join(map(chr, range(100, 200)))
+    everything = rows([text], tokenizer(), 4)
+    drawn = [
+        calibration_windows([text], tokenizer(), 4, 5, seed)["input_ids"][:]
+        for seed in (0, 1, 0)
+    ]
+    assert drawn[0] == drawn[2] != drawn[1]
+    for windows in drawn:
+        assert len(windows) == 5
+        assert all(window in everything for window in windows)
+        assert len({tuple(window) for window in windows}) == 5
+    assert len(calibration_windows([text], tokenizer(), 4, 1000)) == len(everything)
+
+
+def test_several_documents_are_packed_as_they_come() -> None:
+    texts = ["abc", "defg", "hij"]
+    windows = calibration_windows(iter(texts), tokenizer(), 4, 2, seed=3)
+    assert windows["input_ids"][:] == rows(texts, tokenizer(), 4, 2)
+
+
+@pytest.fixture
+def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hub's corpora be folders here, which `datasets` reads alike."""
+    for name, corpus in HUB_TEXTS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [json.dumps({"text": f"{name} {i}\n"}) for i in range(30)]
+        write(folder / "train.jsonl", "\n".join(lines))
+        local = dataclasses.replace(corpus, path=str(folder), config=None)
+        monkeypatch.setitem(HUB_TEXTS, name, local)
+
+
+def test_documents_of_the_hub_come_in_random_order(mirror: None) -> None:
+    first, second = (list(hub_texts("c4", seed=seed)) for seed in (0, 1))
+    assert first != second
+    assert sorted(first) == sorted(second) == sorted(f"c4 {i}\n" for i in range(30))
+
+
+def test_lines_of_wikitext_are_one_text(mirror: None) -> None:
+    (text,) = hub_texts("wikitext")
+    assert text == "".join(f"wikitext {i}\n" for i in range(30))
+
+
+def test_unknown_split_of_the_hub_is_named(mirror: None) -> None:
+    with pytest.raises(ValueError, match=r"nope: cannot be read from the hub \("):
+        list(hub_texts("c4", split="nope"))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +263,7 @@ def test_folder_is_read_in_order_and_skips_other_files(tmp_path: Path) -> None:
     [
         ("a.txt", " \n", "holds no text"),
         ("a.jsonl", "", "holds no text"),
+        ("a.bin", "text\0", "is no text file"),
         (
             "a.csv",
             "id,body\n1,x\n",
@@ -196,6 +287,6 @@ def test_missing_file_offers_the_built_in_text(tmp_path: Path) -> None:
 
 
 def test_what_is_local_and_what_is_a_name(tmp_path: Path) -> None:
-    local = ["stdlib", str(tmp_path), "./x", "missing.jsonl", "~/text"]
+    local = ["stdlib", str(tmp_path), "./x", "missing.jsonl", "a.json.gz", "~/text"]
     assert all(is_local(source) for source in local)
     assert not any(is_local(source) for source in ("c4", "org/name", "ultrachat_200k"))

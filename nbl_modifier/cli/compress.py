@@ -186,7 +186,7 @@ def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
-    from nbl_modifier.data import is_local
+    from nbl_modifier.data import is_packed
     from nbl_modifier.evaluation import perplexity
 
     from .sources import load_model
@@ -216,7 +216,7 @@ def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
         output_dir=args.output,
         num_calibration_samples=count,
         # packed windows are shuffled already, and the same rows for each modifier
-        shuffle_calibration_samples=not is_local(args.dataset),
+        shuffle_calibration_samples=not is_packed(args.dataset),
         batch_size=args.batch_size,
         pipeline=args.pipeline,
     )

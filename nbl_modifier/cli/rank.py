@@ -114,7 +114,7 @@ def _measure(
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
-    from nbl_modifier.data import is_local
+    from nbl_modifier.data import is_packed
     from nbl_modifier.ranking import RankingModifier
 
     modifier = RankingModifier(
@@ -132,7 +132,7 @@ def _measure(
         dataset=rows,
         recipe=modifier,
         num_calibration_samples=share_of(args.num_samples, len(rows or ())),
-        shuffle_calibration_samples=not is_local(args.dataset),
+        shuffle_calibration_samples=not is_packed(args.dataset),
         batch_size=args.batch_size,
         pipeline=args.pipeline,
     )

@@ -7,6 +7,8 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from datasets import Dataset
     from llmcompressor.recipe import Recipe
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +27,8 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
         default="stdlib",
         metavar="SOURCE",
         help="'stdlib' (source code of this Python's standard library; default), a "
-        ".txt, .json, .jsonl, .csv or .parquet file, a folder of text files, or a "
+        "text file, a .json, .jsonl, .csv or .parquet table, a folder of these, 'c4' "
+        "or 'wikitext' from the hub, each packed into full sequences; or another "
         "dataset name for llm-compressor",
     )
     for name, text in {
@@ -35,6 +38,11 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     }.items():
         default = "text" if name == "--text-column" else None
         group.add_argument(name, default=default, metavar="NAME", help=text)
+    group.add_argument(
+        "--concatenate-data",
+        action="store_true",
+        help="join the rows of llm-compressor's dataset into full sequences",
+    )
     add_number("--num-samples", 256, "calibration sequences (default: 256)")
     add_number(
         "--max-seq-length",
@@ -47,7 +55,7 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="order of the text (default: 0)",
+        help="which of the text, in which order (default: 0)",
     )
     group.add_argument(
         "--pipeline",
@@ -176,16 +184,19 @@ def calibration_rows(
 
     :param args: the command line
     :param tokenizer: the model's
-    :param seq_length: tokens per row, or at most that many for a named dataset
+    :param seq_length: tokens per row; at most that many for a dataset that
+        llm-compressor prepares, unless --concatenate-data joins them
     :raises ValueError: if there are none; the message names the option
     :raises FileNotFoundError: if a file does not exist
     """
-    from nbl_modifier.data import is_local, load_texts, pack
+    from nbl_modifier.data import calibration_windows
 
-    if is_local(args.dataset):
-        texts = load_texts(args.dataset, "calibration", args.text_column, args.seed)
+    texts = _calibration_texts(args)
+    if texts is not None:
         try:
-            return pack(texts, tokenizer, seq_length, args.num_samples)
+            return calibration_windows(
+                texts, tokenizer, seq_length, args.num_samples, args.seed
+            )
         except ValueError as err:
             raise ValueError(f"--dataset {args.dataset}: {err}") from err
     rows = _named_dataset(args, tokenizer, seq_length)
@@ -194,6 +205,17 @@ def calibration_rows(
             f"--dataset {args.dataset}: is empty. Pass another --split or dataset."
         )
     return rows
+
+
+def _calibration_texts(args: argparse.Namespace) -> Iterable[str] | None:
+    """Return documents to pack, or None if llm-compressor is to make the rows."""
+    from nbl_modifier.data import HUB_TEXTS, hub_texts, is_local, load_texts
+
+    if is_local(args.dataset):
+        return load_texts(args.dataset, "calibration", args.text_column, args.seed)
+    if args.dataset in HUB_TEXTS:
+        return hub_texts(args.dataset, args.dataset_config, args.split, args.seed)
+    return None
 
 
 def _named_dataset(
@@ -209,6 +231,7 @@ def _named_dataset(
         splits=args.split,
         text_column=args.text_column,
         max_seq_length=seq_length,
+        concatenate_data=args.concatenate_data,
         num_calibration_samples=args.num_samples,
     )
     processor: Any = tokenizer  # what llm-compressor expects, annotated narrower

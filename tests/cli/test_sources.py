@@ -38,24 +38,47 @@ def test_name_and_options_reach_llm_compressor(monkeypatch: pytest.MonkeyPatch) 
         return rows
 
     monkeypatch.setattr(host, "get_processed_dataset", load)
-    options = ["--dataset", "c4", "--dataset-config", "en", "--split", "train[:1%]"]
+    options = [
+        "--dataset",
+        "open_platypus",
+        "--dataset-config",
+        "en",
+        "--split",
+        "train[:1%]",
+    ]
     args = arguments(*options, "--text-column", "body", "--num-samples", "7")
     assert calibration_rows(args, tokenizer, 128) is rows
     given, processor = seen
     assert processor is tokenizer
-    assert given.dataset == "c4"
+    assert given.dataset == "open_platypus"
     assert given.dataset_config_name == "en"
     assert given.splits == "train[:1%]"
     assert given.text_column == "body"
     assert given.max_seq_length == 128
     assert given.num_calibration_samples == 7
+    assert given.concatenate_data is False
+    calibration_rows(
+        arguments("--dataset", "open_platypus", "--concatenate-data"), tokenizer, 128
+    )
+    assert seen[2].concatenate_data is True
+
+
+@pytest.mark.parametrize("name", ["c4", "wikitext"])
+def test_text_of_the_hub_says_what_is_missing(name: str) -> None:
+    """Tests run without the hub, so this is what a user without network sees."""
+    with pytest.raises(
+        ValueError, match=f"--dataset {name}: .*cannot be read from the"
+    ):
+        calibration_rows(arguments("--dataset", name), load_tokenizer(MODEL), 128)
 
 
 def test_empty_named_dataset_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = Dataset.from_dict({"input_ids": []})
     monkeypatch.setattr(host, "get_processed_dataset", lambda *args: empty)
-    with pytest.raises(ValueError, match=r"--dataset c4: is empty.*--split"):
-        calibration_rows(arguments("--dataset", "c4"), load_tokenizer(MODEL), 128)
+    with pytest.raises(ValueError, match=r"--dataset open_platypus: is empty.*--split"):
+        calibration_rows(
+            arguments("--dataset", "open_platypus"), load_tokenizer(MODEL), 128
+        )
 
 
 def test_unreachable_dataset_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +86,10 @@ def test_unreachable_dataset_is_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ConnectionError("no network\nmany lines\n")
 
     monkeypatch.setattr(host, "get_processed_dataset", load)
-    with pytest.raises(ValueError, match=r"--dataset c4: .*\(no network\)$"):
-        calibration_rows(arguments("--dataset", "c4"), load_tokenizer(MODEL), 128)
+    with pytest.raises(ValueError, match=r"--dataset open_platypus: .*\(no network\)$"):
+        calibration_rows(
+            arguments("--dataset", "open_platypus"), load_tokenizer(MODEL), 128
+        )
 
 
 def test_default_is_the_standard_library() -> None:
@@ -91,8 +116,8 @@ def test_seed_draws_other_calibration_text() -> None:
     [
         ([], True),
         (["--heldout", "none"], False),
-        (["--dataset", "c4"], False),
-        (["--dataset", "c4", "--heldout", "stdlib"], True),
+        (["--dataset", "open_platypus"], False),
+        (["--dataset", "open_platypus", "--heldout", "stdlib"], True),
     ],
 )
 def test_when_there_is_held_out_text(options: list[str], expected: bool) -> None:
