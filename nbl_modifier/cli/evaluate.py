@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nbl_modifier.evaluation.cache import ScoreCache
     from nbl_modifier.evaluation.harness import LoadedTask
 
+RESULTS_FILE_NAME = "nbl_evaluation.json"
 _FORMAT_VERSION = 1
 
 _DESCRIPTION = """\
@@ -94,7 +95,7 @@ def add_parser(commands: Any) -> None:
     add(
         "--output",
         metavar="DIR",
-        help="folder for nbl_evaluation.json (default: the checkpoint's)",
+        help=f"folder for {RESULTS_FILE_NAME} (default: the checkpoint's)",
     )
     add(
         "--cache",
@@ -115,7 +116,6 @@ def run(args: argparse.Namespace) -> None:
     """
     from nbl_modifier.evaluation import compare, load_tasks
     from nbl_modifier.evaluation.table import comparison_table
-    from nbl_modifier.report.measurements import EVALUATION_FILE_NAME
 
     from .checks import check_model
 
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
     comparison = compare(base, compressed)
     print(f"\n{args.checkpoint}, compared with {baseline}, backend {args.backend}\n")
     print(comparison_table(comparison))
-    path = output / EVALUATION_FILE_NAME
+    path = output / RESULTS_FILE_NAME
     _write(path, baseline, comparison, args)
     print(f"\nresults: {path}, {time.perf_counter() - start:,.0f} s")
 
@@ -175,7 +175,7 @@ def _output_folder(args: argparse.Namespace) -> Path:
     if not args.output and not Path(named).is_dir():
         raise ValueError(
             f"{args.checkpoint}: is no directory, so there is no place for "
-            "nbl_evaluation.json. Pass --output."
+            f"{RESULTS_FILE_NAME}. Pass --output."
         )
     check_writable(Path(named))
     return Path(named)
