@@ -147,9 +147,9 @@ class Case:
         path = self._path(setting, num_layers)
         layers = frozenset(path[:num_layers])
         fitted_by = setting.criterion if setting.selection == "greedy" else None
+        if setting.fit != "once":  # the way to the choice left no trace
+            fitted_by = None
         key = (setting.fit, setting.input, setting.rank, fitted_by, layers)
-        if setting.fit in ("refit", "drop"):
-            key = (setting.fit, setting.input, setting.rank, None, layers)
         if key not in self._results:
             self._results[key] = self._test.loss(self._fit(setting, layers))
         result = self._results[key]
@@ -185,19 +185,26 @@ class Case:
 
     def _path(self, setting: Setting, num_layers: int) -> list[int]:
         """Return layers in the order in which they are replaced."""
-        # A map's rank does not change the order: it would be another study.
+        # Layers are chosen by maps of full rank, whatever the rank they end up with.
         key = (setting.criterion, setting.input)
-        calibration = self._calibration(setting.input, None)
-        search = Search(setting.criterion, Budget(num_layers, ""), self._trials)
         if setting.selection == "one_shot":
             if key not in self._orders:
+                calibration = self._calibration(setting.input, None)
+                search = self._search(setting.criterion, num_layers)
                 self._orders[key] = search.one_shot(calibration).order
             return self._orders[key]
         if len(self._greedy.get(key, [])) < num_layers:
-            outcome = search.greedy(calibration, self._passes(setting.input, None))
+            calibration = self._calibration(setting.input, None)
+            passes = self._passes(setting.input, None)
+            search = self._search(setting.criterion, num_layers)
+            outcome = search.greedy(calibration, passes)
             chosen = outcome.order[:num_layers]
             self._greedy[key] = [(i, outcome.replacements[i]) for i in chosen]
         return [index for index, _ in self._greedy[key]]
+
+    def _search(self, criterion: str, num_layers: int) -> Search:
+        trials = self._trials if criterion == "loss" else None
+        return Search(criterion, Budget(num_layers, ""), trials)
 
     def _calibration(self, kind: str, rank: int | None) -> Calibration:
         if (kind, rank) not in self._calibrations:

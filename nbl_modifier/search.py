@@ -190,7 +190,8 @@ class Search:
         before: PerplexityResult | None,
     ) -> dict[int, float]:
         if self._criterion != "loss":
-            return calibration.scores()
+            measured = calibration.measured.items()
+            return {i: getattr(m, self._criterion) for i, m in measured}
         assert before is not None
         return {i: loss.nll_mean - before.nll_mean for i, loss in losses.items()}
 
