@@ -127,7 +127,7 @@ class Case:
         self._windows = Windows(batches(stdlib_texts("calibration", seed), num_windows))
         test = Windows(batches(stdlib_texts("heldout"), args.test_windows))
         self._held_out = held_out_batches(
-            [len(batch["input_ids"]) for batch in self._windows.batches]
+            [batch["input_ids"].numel() for batch in self._windows.batches]
         )
         self._forward = PartialForward(self._model, self._architecture)
         self._trials = Trials(
@@ -235,18 +235,19 @@ class Case:
         )
 
 
-def main_settings() -> list[Setting]:
-    """Return criterion x selection x fit x input."""
-    settings = [DROP]
-    for kind in ("residual", "normalized"):
-        for criterion in CRITERIA:
-            settings += [Setting(criterion, fit=f, input=kind) for f in FITS]
-        for criterion in ("cca_bound", "loss"):
-            settings += [Setting(criterion, "greedy", f, kind) for f in FITS]
-    return settings
-
-
 FITS = ("once", "refit")
+
+
+def main_settings() -> list[Setting]:
+    """Return criterion x selection x fit x input, where it may say something."""
+    settings = [DROP]
+    for criterion in CRITERIA:
+        settings += [Setting(criterion, fit=fit) for fit in FITS]
+    for criterion in ("cca_bound", "loss"):
+        settings += [Setting(criterion, "greedy", fit) for fit in FITS]
+    for criterion in ("cca_bound", "residual_nmse", "loss"):
+        settings += [Setting(criterion, fit=f, input="normalized") for f in FITS]
+    return settings
 
 
 class Store:

@@ -185,10 +185,11 @@ def check_calibration_data(
     sizes = [len(batch["input_ids"]) for batch in drawn]
     if sum(sizes) == 0:
         raise ValueError(f"the calibration set is empty. {remedy}")
-    held_out = held_out_batches(sizes) if hold_out else frozenset[int]()
+    counts = [_count_tokens(batch) for batch in drawn]
+    held_out = held_out_batches(counts) if hold_out else frozenset[int]()
     ranks = ranks or Ranks()
-    counts = [_count_tokens(b) for i, b in enumerate(drawn) if i not in held_out]
-    tokens = sum(ranks.gather(sum(counts)))
+    fitted = (count for i, count in enumerate(counts) if i not in held_out)
+    tokens = sum(ranks.gather(sum(fitted)))
     check_num_tokens(
         "part of the calibration set to fit on" if hold_out else "calibration set",
         tokens,

@@ -13,8 +13,9 @@ __all__ = ["Windows", "held_out_batches"]
 
 Batch = Mapping[str, Tensor]
 
-_HELD_OUT_PART = 8  # one of so many windows
-_HELD_OUT_MIN = 8  # but so many windows, if that leaves three times as many
+# What part of the calibration set is held out at least, at most, and as soon as it has
+# so many tokens.
+_HELD_OUT_PART, _HELD_OUT_MOST, _HELD_OUT_TOKENS = 1 / 8, 1 / 4, 16_384
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,6 @@ class Windows:
             counts &= tokens != self.placeholder
         return counts
 
-    @property
-    def num_windows(self) -> int:
-        """Windows in all batches."""
-        return sum(len(batch["input_ids"]) for batch in self.batches)
-
     def select(self, numbers: Collection[int]) -> Windows:
         """Return the batches with these numbers, in order."""
         masks = self.loss_masks
@@ -69,24 +65,26 @@ class Windows:
         )
 
 
-def held_out_batches(batch_sizes: Sequence[int]) -> frozenset[int]:
+def held_out_batches(num_tokens: Sequence[int]) -> frozenset[int]:
     """
     Return the numbers of the batches that are not to be fitted on.
 
-    They hold about one in eight windows, and at least eight windows or, if there are
-    fewer than 32, one in four. They are spread evenly: loaders that pad sort their
-    windows by length, so those at one end would be unlike the others.
+    One in eight, or, if these have fewer than 16,384 tokens, up to one in four: losses
+    of layers differ by thousandths, which fewer tokens do not resolve. They are spread
+    evenly: loaders that pad sort their windows by length, so those at one end would be
+    unlike the others.
 
-    :param batch_sizes: windows of each batch
+    :param num_tokens: tokens of each batch
     :raises ValueError: if there is one batch only
     """
-    total, num_batches = sum(batch_sizes), len(batch_sizes)
+    num_batches = len(num_tokens)
     if num_batches < 2:
         raise ValueError(
             "calibration set: a part of it is held out to measure errors and losses "
-            f"on, in whole batches, got one batch of {total} samples. Use more "
-            "calibration samples or a smaller batch_size."
+            "on, in whole batches, got one batch. Use more calibration samples or a "
+            "smaller batch_size."
         )
-    windows = max(total / _HELD_OUT_PART, min(_HELD_OUT_MIN, total / 4))
-    count = min(max(1, math.ceil(windows * num_batches / total)), num_batches - 1)
+    wanted = _HELD_OUT_TOKENS / max(1, sum(num_tokens))
+    part = min(max(_HELD_OUT_PART, wanted), _HELD_OUT_MOST)
+    count = max(1, math.floor(part * num_batches))
     return frozenset(int((i + 0.5) * num_batches / count) for i in range(count))
