@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Calibration with one process and with several, on the same samples.
+
+Starts torchrun with each number of processes in turn, several rounds, and prints the
+seconds of NBL's calibration, their ratio to one process's, and how much the maps differ
+from one process's. On a CPU every process gets the same number of threads, so that a
+machine with enough cores, or several, shows what each added process is worth; with
+fewer cores than processes times threads they only compete.
+
+    python benchmarks/distributed.py --processes 1,2 --threads 1
+    python benchmarks/distributed.py --processes 1,2,4,8 --hidden-size 4096 \\
+        --intermediate-size 14336 --layers 32 --heads 32 --kv-heads 8 \\
+        --samples 256 --length 2048 --dtype bfloat16          (on a node with 8 GPUs)
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# Read when the packages are imported: no progress bars and logs of the timed runs.
+os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from llmcompressor import oneshot
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from nbl_modifier import NBLModifier
+from nbl_modifier.cli.processes import part_of, process_group
+
+TOKENIZER = Path(__file__).parents[1] / "examples" / "models" / "pycode-4m"
+
+
+def work(args: argparse.Namespace) -> None:
+    """Be one of the processes: calibrate, and let the first one write what came."""
+    torch.set_num_threads(args.threads)
+    with process_group(), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=args.vocab_size,
+            hidden_size=args.hidden_size,
+            intermediate_size=args.intermediate_size,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.kv_heads,
+            max_position_embeddings=max(2048, args.length),
+        )
+        config.save_pretrained(folder)
+        model = LlamaForCausalLM(config).to(getattr(torch, args.dtype)).eval()
+        model.config._name_or_path = folder
+        tokens = torch.randint(0, args.vocab_size, (args.samples, args.length))
+        rows = part_of(Dataset.from_dict({"input_ids": tokens.tolist()}))
+        modifier = NBLModifier(num_layers=args.layers // 2)
+        tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
+        oneshot(
+            model=model,
+            processor=tokenizer,
+            dataset=rows,
+            recipe=modifier,
+            num_calibration_samples=len(rows),
+            max_seq_length=args.length,
+            shuffle_calibration_samples=False,
+        )
+        report = modifier.report
+        assert report is not None
+        maps = {n: t for n, t in model.state_dict().items() if "attn.linear" in n}
+        answer = {
+            "seconds": report.calibration_seconds,
+            "bounds": {layer.index: layer.cca_bound for layer in report.layers},
+            "maps": maps,
+        }
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            torch.save(answer, args.worker)
+
+
+def start(count: int, args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
+    """
+    Run ``count`` processes and return what the first one wrote.
+
+    :param options: of this command, passed on
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.pt"
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        torchrun += ["--nproc-per-node", str(count), __file__, *options]
+        subprocess.run(
+            [*torchrun, "--worker", str(answer)],
+            env=os.environ | {"OMP_NUM_THREADS": str(args.threads)},
+            check=True,
+        )
+        found: dict[str, Any] = torch.load(answer)
+        return found
+
+
+def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """Return the largest relative difference of two runs' maps, Frobenius."""
+    if mine["maps"].keys() != theirs["maps"].keys():
+        return float("inf")
+    return max(
+        float(
+            torch.linalg.norm((mine["maps"][name] - theirs["maps"][name]).double())
+            / torch.linalg.norm(theirs["maps"][name].double())
+        )
+        for name in theirs["maps"]
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(name: str, default: Any, text: str) -> None:
+        parser.add_argument(
+            name, type=type(default), default=default, help=f"{text} ({default})"
+        )
+
+    add("--processes", "1,2", "how many, a list that begins with 1")
+    add("--threads", 1, "of each process, on a CPU")
+    add("--repeats", 3, "rounds")
+    add("--hidden-size", 512, "d")
+    add("--intermediate-size", 1792, "width of the MLP")
+    add("--layers", 8, "decoder layers")
+    add("--heads", 8, "attention heads")
+    add("--kv-heads", 2, "key-value heads")
+    add("--vocab-size", 8000, "rows of the embedding")
+    add("--samples", 64, "calibration sequences of all processes together")
+    add("--length", 512, "tokens per sequence")
+    add("--dtype", "float32", "of the model")
+    parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure each number of processes in turn, print a markdown table."""
+    args = parse_args()
+    if args.worker:
+        work(args)
+        return
+    options = sys.argv[1:]
+    counts = [int(part) for part in args.processes.split(",")]
+    runs: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
+    for _ in range(args.repeats):
+        for count in counts:
+            runs[count].append(start(count, args, options))
+    device = "cpu"
+    if torch.accelerator.is_available():
+        device = str(torch.accelerator.current_accelerator())
+    print(
+        f"{args.layers} layers, hidden size {args.hidden_size}, {args.dtype}, "
+        f"{args.samples} x {args.length} tokens, {device}, {os.cpu_count()} cores, "
+        f"{args.threads} threads per process, {args.repeats} rounds, median "
+        "(min..max)\n"
+    )
+    print("| processes | calibration, s | times faster | of ideal | maps differ by |")
+    print("|---:|---:|---:|---:|---:|")
+    alone = runs[counts[0]]
+    for count in counts:
+        seconds = [run["seconds"] for run in runs[count]]
+        pairs = zip(alone, runs[count], strict=True)
+        faster = [one["seconds"] / many["seconds"] for one, many in pairs]
+        median = statistics.median(faster)
+        cells = [
+            str(count),
+            f"{statistics.median(seconds):.2f} "
+            f"({min(seconds):.2f}..{max(seconds):.2f})",
+            f"{median:.2f} ({min(faster):.2f}..{max(faster):.2f})",
+            f"{median / count:.0%}",
+            "" if count == 1 else f"{difference(runs[count][0], alone[0]):.1e}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
