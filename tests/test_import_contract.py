@@ -103,7 +103,9 @@ LAYERS = {
         lazy="transformers datasets lm_eval tqdm",
     ),
     "benchmark": Layer(
-        ours="report roofline hf", packages="torch", lazy="transformers vllm"
+        ours="report roofline hf architectures",
+        packages="torch",
+        lazy="transformers vllm",
     ),
     "roofline": Layer(),
     "report": Layer(lazy="matplotlib"),

@@ -21,6 +21,7 @@ __all__ = ["Model", "StoredTensor", "load_model", "products", "stored_tensors"]
 
 _LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_VISION = re.compile(r"(?:^|\.)vision_")  # runs once per image, not per token
 _HEAD, _EMBEDDING = "lm_head", "embed_tokens"
 # Of a quantized layer, besides the weight: read with it.
 _SCALES = ("weight_scale", "weight_zero_point", "weight_global_scale", "weight_g_idx")
@@ -79,28 +80,30 @@ def load_model(name: str, dtype: str, *, random_weights: bool) -> Model:
     import nbl_modifier.hf
 
     nbl_modifier.hf.register()
-    config = AutoConfig.from_pretrained(name)
+    whole = AutoConfig.from_pretrained(name)
+    # of a vision-language model, the language model: what text is generated with
+    config = whole.get_text_config()
     if dtype == "auto":
-        dtype = str(config.dtype).removeprefix("torch.")
+        dtype = str(config.dtype or whole.dtype).removeprefix("torch.")
     if dtype not in _ITEMSIZE:
         raise ValueError(
             f"model {name}: runs in {dtype}, known are {', '.join(_ITEMSIZE)}. Pass "
             "--dtype."
         )
     width = _ITEMSIZE[dtype]
-    tensors = _meta_tensors(config) if random_weights else stored_tensors(_folder(name))
+    tensors = _meta_tensors(whole) if random_weights else stored_tensors(_folder(name))
     if not tensors:
         raise ValueError(
             f"model {name}: has no *.safetensors files. Save it with save_pretrained, "
             "or pass --random-weights to measure its shape."
         )
-    linearized = _linearized(config)
+    linearized = _linearized(whole)
     active = getattr(config, "num_experts_per_tok", None) or 1
     shape = ModelShape(
         products=products(tensors, activation_bytes=width, experts_per_token=active),
         attentions=_attentions(config, linearized),
         activation_bytes=width,
-        kv_bytes=_kv_bytes(config, width),
+        kv_bytes=_kv_bytes(whole, width),
     )
     return Model(
         name=name,
@@ -157,6 +160,8 @@ def products(
     head = _HEAD if has_head else _EMBEDDING  # tied: the embedding is read as the head
     found: dict[str, Product] = {}
     for name, tensor in sorted(tensors.items()):
+        if _VISION.search(name):
+            continue
         is_head = head in name
         if not (is_head or _LAYER.search(name)) or not _is_matrix(name, tensor):
             continue
@@ -229,10 +234,13 @@ def _with_shards(name: str, found: Path) -> Path:
 
 def _meta_tensors(config: PretrainedConfig) -> dict[str, StoredTensor]:
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    from nbl_modifier.architectures import architecture_of
+
+    auto_class = getattr(transformers, architecture_of(config.model_type).auto_class)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class.from_config(config)
     return {
         name: StoredTensor(tuple(weight.shape), weight.nbytes)
         for name, weight in model.named_parameters()

@@ -22,11 +22,16 @@ class TransformersDriver:
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
 
         import nbl_modifier.hf
+        from nbl_modifier.architectures import architecture_of
 
         nbl_modifier.hf.register()
+        config = transformers.AutoConfig.from_pretrained(job["model"])
+        auto_class = getattr(
+            transformers, architecture_of(config.model_type).auto_class
+        )
         accelerator = torch.accelerator.current_accelerator()
         self.device = "cpu" if accelerator is None else accelerator.type
         self._vocab_size = job["vocab_size"]
@@ -36,10 +41,9 @@ class TransformersDriver:
         }
         with torch.device(self.device):
             if job["random_weights"]:
-                config = AutoConfig.from_pretrained(job["model"])
-                model = AutoModelForCausalLM.from_config(config, **options)
+                model = auto_class.from_config(config, **options)
             else:
-                model = AutoModelForCausalLM.from_pretrained(job["model"], **options)
+                model = auto_class.from_pretrained(job["model"], **options)
         self._model: Any = model.eval().to(self.device)
 
     def describe(self) -> dict[str, Any]:

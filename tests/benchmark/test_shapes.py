@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is read from configs and from the headers of weight files."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,6 +22,9 @@ from nbl_modifier.hf.configuration_nbl import (
     config_class,
     nbl_config_block,
 )
+
+if TYPE_CHECKING:
+    from tests.followers import TinyModels
 
 
 def by_name(folder: Path | str, **kwargs: Any) -> dict[str, tuple[float, ...]]:
@@ -128,3 +133,18 @@ def test_a_checkpoint_without_safetensors_is_refused(
 def test_an_unknown_dtype_is_refused(llama: Path) -> None:
     with pytest.raises(ValueError, match="runs in float8, known are float32"):
         load_model(str(llama), "float8", random_weights=False)
+
+
+@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+def test_every_family_has_a_shape(model_type: str, tiny_models: TinyModels) -> None:
+    """Each decoder layer has products, attention and a cache."""
+    folder = tiny_models(model_type)
+    model = load_model(str(folder), "auto", random_weights=False)
+    assert len(model.shape.attentions) == model.num_layers
+    assert model.shape.cache_bytes(8) > 0
+    for index in range(model.num_layers):
+        assert any(f"layers.{index}." in p.name for p in model.shape.products)
+    assert sum(p.last_only for p in model.shape.products) == 1
+    assert not any("vision" in p.name for p in model.shape.products)
+    meta = load_model(str(folder), "auto", random_weights=True)
+    assert meta.shape.weight_bytes == model.shape.weight_bytes
