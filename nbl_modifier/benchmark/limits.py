@@ -13,9 +13,36 @@ from nbl_modifier.roofline import (
     total_seconds,
 )
 
-from .plan import Benchmark, Cell
+from .plan import Benchmark, Cell, Settings
+from .shapes import Model
 
-__all__ = ["largest_batch", "predicted_seconds", "reason_to_skip"]
+__all__ = ["fit_together", "largest_batch", "predicted_seconds", "reason_to_skip"]
+
+# Embedding, buffers and what loading needs, over the weights that are multiplied.
+_LOADING = 1.3
+# Of the memory that is free; the rest is for activations.
+_USABLE = 0.8
+
+
+def fit_together(
+    models: tuple[Model, Model], settings: Settings, free: int | None
+) -> bool:
+    """
+    Return whether both engines can be in memory at once.
+
+    :param models: the two models
+    :param settings: how they are to run
+    :param free: bytes that can be allocated, or None if that is not known
+    """
+    if free is None:
+        return True
+    weights = [model.shape.weight_bytes * _LOADING for model in models]
+    if settings.engine == "vllm" and settings.on_accelerator:
+        # Each gets half, for weights and KV cache, and a cache of a fourth of that is
+        # the least that is worth measuring.
+        return max(weights) <= 0.75 * settings.memory_fraction * free / 2
+    caches = 2 * (settings.kv_cache_gib or 1) * 2**30 * (settings.engine == "vllm")
+    return sum(weights) + caches <= _USABLE * free
 
 
 def reason_to_skip(cell: Cell, benchmark: Benchmark) -> str | None:

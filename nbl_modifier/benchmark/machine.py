@@ -4,10 +4,24 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["available_bytes", "device_name"]
+__all__ = ["available_bytes", "device_name", "free_memory"]
+
+
+def free_memory() -> int | None:
+    """
+    Return what engines could allocate now, on the accelerator if there is one.
+
+    Asked in a process of its own: on an accelerator the question itself takes memory,
+    until the process that asked ends. None if it cannot be known.
+    """
+    command = [sys.executable, "-m", "nbl_modifier.benchmark.machine"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(answer.stdout) if answer.stdout.strip().isdigit() else None
 
 
 def device_name(device: str) -> str:
@@ -47,3 +61,15 @@ def available_bytes(device: str) -> int | None:
 def _lines(path: str) -> list[str]:
     file = Path(path)
     return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+def _main() -> None:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    free = available_bytes("cpu" if accelerator is None else accelerator.type)
+    sys.stdout.write("" if free is None else str(free))
+
+
+if __name__ == "__main__":
+    _main()

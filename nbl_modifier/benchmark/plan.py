@@ -41,7 +41,9 @@ class Settings:
     How to measure; the fields of :class:`~.engines.Job` that both models share.
 
     :param together: both engines in memory at once, so that they are measured within
-        moments of each other; otherwise one after the other, anew in each round
+        moments of each other; otherwise one after the other, anew in each round. None:
+        at once if they fit
+    :param on_accelerator: whether there is one
     :param show_log: whether the engines' logs go to the terminal
     """
 
@@ -52,7 +54,8 @@ class Settings:
     kv_cache_gib: int | None = None
     memory_fraction: float = 0.9
     engine_args: dict[str, Any] = field(default_factory=dict)
-    together: bool = True
+    together: bool | None = None
+    on_accelerator: bool = False
     show_log: bool = False
 
     @property

@@ -6,11 +6,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from nbl_modifier.report.speed import SpeedReport
 
 from .engines import Engine, EngineError, Job
-from .limits import reason_to_skip
+from .limits import fit_together, reason_to_skip
+from .machine import free_memory
 from .plan import Benchmark, Cell, Grid, Settings
 from .shapes import Model
 from .summary import make_report
@@ -45,6 +47,11 @@ def run(
     :raises ValueError: if no grid point fits the models' positions
     :raises RuntimeError: if an engine dies
     """
+    if settings.together is None:
+        together = fit_together((base, compressed), settings, free_memory())
+        if not together:
+            progress("both models do not fit in memory at once: loading them in turn")
+        settings = replace(settings, together=together)
     benchmark = Benchmark((base, compressed), grid, settings)
     limit = min(base.max_context, compressed.max_context)
     cells = [Cell(c, b) for c in grid.contexts for b in grid.batches]

@@ -130,8 +130,9 @@ def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--one-at-a-time",
-        action="store_true",
-        help="never both models in memory: load each anew in each round",
+        action=argparse.BooleanOptionalAction,
+        help="load each model anew in each round (default: if both do not fit in "
+        "memory)",
     )
     add(
         "--kv-cache-gib",
@@ -222,24 +223,22 @@ def _plan(args: argparse.Namespace) -> tuple[Grid, Settings]:
         rounds=args.repeats,
         max_seconds=args.max_seconds,
     )
+    import torch
+
+    accelerated = torch.accelerator.is_available()
     settings = Settings(
         engine=engine,
         attention=value("attention", "sdpa"),
         random_weights=args.random_weights,
-        eager=_on_cpu() if args.enforce_eager is None else args.enforce_eager,
+        eager=not accelerated if args.enforce_eager is None else args.enforce_eager,
         kv_cache_gib=args.kv_cache_gib,
         memory_fraction=args.gpu_memory,
         engine_args=args.engine_args,
-        together=not args.one_at_a_time,
+        together=None if args.one_at_a_time is None else not args.one_at_a_time,
+        on_accelerator=accelerated,
         show_log=args.debug,
     )
     return grid, settings
-
-
-def _on_cpu() -> bool:
-    import torch
-
-    return not torch.accelerator.is_available()
 
 
 def _output_folder(output: str | None) -> Path | None:

@@ -5,12 +5,18 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbl_modifier import NBLModifier
+from nbl_modifier.benchmark.limits import fit_together
+from nbl_modifier.benchmark.machine import free_memory
+from nbl_modifier.benchmark.plan import Settings
+from nbl_modifier.benchmark.shapes import Model
 from nbl_modifier.cli import main
 from nbl_modifier.report.speed import SpeedReport
+from nbl_modifier.roofline import ModelShape, Product
 from tests.tiny_llama import compress, load, save_llama, token_rows
 
 Run = Callable[..., SpeedReport]
@@ -131,6 +137,37 @@ def test_random_weights_need_only_configs(
     )
     assert code == 0
     assert len(SpeedReport.load(tmp_path / "nbl_benchmark.json").rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "accelerated", "free", "expected"),
+    [
+        # two models of 1 GB: 2.6 GB to load them, in four fifths of what is free
+        ("transformers", False, 3.3e9, True),
+        ("transformers", False, 3.2e9, False),
+        # and 2 GiB of KV cache for each
+        ("vllm", False, 8.7e9, True),
+        ("vllm", False, 8.6e9, False),
+        # half of the accelerator each, a quarter of that for the KV cache
+        ("vllm", True, 3.9e9, True),
+        ("vllm", True, 3.8e9, False),
+        ("vllm", True, None, True),
+    ],
+)
+def test_models_are_loaded_at_once_if_they_fit(
+    engine: Any, accelerated: bool, free: Any, expected: bool
+) -> None:
+    weight = Product("lm_head", 1, 1, nbytes=1e9, last_only=True)
+    shape = ModelShape((weight,), (), activation_bytes=2, kv_bytes=2)
+    model = Model("a model", shape, "bfloat16", 1, (), 64, 10)
+    settings = Settings(engine, kv_cache_gib=2, on_accelerator=accelerated)
+    assert fit_together((model, model), settings, free) is expected
+
+
+def test_free_memory_is_measured() -> None:
+    free = free_memory()
+    assert free is not None
+    assert free > 1e8
 
 
 def test_time_limit_names_itself(run: Run) -> None:
