@@ -539,7 +539,10 @@ class NBLModifier(Modifier):
             for name in self._candidates.values():
                 check_weights_map(name, model.get_submodule(name), architecture)
         rank = choose_rank(
-            model.config.hidden_size, num_layers, self.rank, self.max_parameters
+            model.config.get_text_config().hidden_size,
+            num_layers,
+            self.rank,
+            self.max_parameters,
         )
         if rank is not None and self._followers is not None:
             name = next(iter(self._candidates.values()))
