@@ -21,8 +21,9 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from llmcompressor.core import State
@@ -50,25 +51,53 @@ CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss")
 @dataclass(frozen=True)
 class Setting:
     """
-    One way to choose and fit layers; ``drop`` is attention without a map.
+    One way to choose layers and to replace them: fields as of NBLModifier.
 
     :param criterion: what layers are ranked by
     :param selection: ``one_shot`` or ``greedy``
-    :param fit: ``once``, ``refit`` or ``drop``
+    :param refit: whether the chosen layers are fitted again
     :param input: what the maps read
+    :param kind: ``attention`` or ``block``
+    :param method: ``linear`` or ``drop``
     :param rank: of the maps; None: full
     """
 
     criterion: str = "cca_bound"
     selection: str = "one_shot"
-    fit: str = "once"
-    input: str = "residual"
+    refit: bool = False
+    input: Literal["residual", "normalized"] = "residual"
+    kind: Literal["attention", "block"] = "attention"
+    method: Literal["linear", "drop"] = "linear"
     rank: int | None = None
+
+    @property
+    def spec(self) -> LinearizedLayer:
+        """What is done to each chosen layer."""
+        return LinearizedLayer(self.input, self.kind, self.method, self.rank)
+
+    @property
+    def ranking(self) -> Setting:
+        """What decides about the layers: maps of full rank, whatever they end up as."""
+        return replace(self, refit=False, rank=None)
+
+    @property
+    def fit(self) -> Setting:
+        """What decides about the maps of given layers."""
+        if self.refit or self.method == "drop" or self.selection == "one_shot":
+            return replace(self, criterion="", selection="one_shot")
+        return self
 
 
 PAPER = Setting()
-BEST = Setting("loss", fit="refit", input="normalized")
-DROP = Setting("cosine", fit="drop")
+BEST = Setting("loss", refit=True, input="normalized")
+NAMED = {
+    "paper": PAPER,
+    "preset best": BEST,
+    "attention DROP": Setting("cosine", method="drop"),
+    "block NBL": Setting(kind="block"),
+    "block DROP": Setting("cosine", kind="block", method="drop"),
+    "SLEB": Setting("loss", "greedy", kind="block", method="drop"),
+}
 
 
 @dataclass(frozen=True)
@@ -136,22 +165,18 @@ class Case:
         self._test = Trials(self._forward, self._architecture, test)
         self.candidates = range(len(self._forward.layers))
         self.base = self._test.loss()
-        self._calibrations: dict[tuple[str, int | None], Calibration] = {}
-        self._greedy: dict[tuple[str, str], list[tuple[int, Replacement]]] = {}
-        self._orders: dict[tuple[str, str], list[int]] = {}
+        self._calibrations: dict[LinearizedLayer, Calibration] = {}
+        self._orders: dict[Setting, list[int]] = {}
+        self._greedy: dict[Setting, dict[int, Replacement]] = {}
         self._refits: dict[object, Mapping[int, Replacement]] = {}
         self._results: dict[object, PerplexityResult] = {}
 
     def measure(self, setting: Setting, num_layers: int) -> Row:
         """Return the perplexity with ``num_layers`` layers replaced."""
-        path = self._path(setting, num_layers)
-        layers = frozenset(path[:num_layers])
-        fitted_by = setting.criterion if setting.selection == "greedy" else None
-        if setting.fit != "once":  # the way to the choice left no trace
-            fitted_by = None
-        key = (setting.fit, setting.input, setting.rank, fitted_by, layers)
+        layers = frozenset(self._path(setting.ranking, num_layers)[:num_layers])
+        key = (setting.fit, layers)
         if key not in self._results:
-            self._results[key] = self._test.loss(self._fit(setting, layers))
+            self._results[key] = self._test.loss(self._replacements(setting, layers))
         result = self._results[key]
         _, error = result.relative_to(self.base)
         return Row(
@@ -166,55 +191,42 @@ class Case:
             error,
         )
 
-    def _fit(
+    def _replacements(
         self, setting: Setting, layers: frozenset[int]
     ) -> Mapping[int, Replacement]:
-        if setting.fit == "drop":
-            return {i: Replacement(LinearizedLayer(method="drop")) for i in layers}
-        if setting.fit == "refit":
-            key = (setting.input, setting.rank, layers)
+        if setting.refit:
+            key = (setting.spec, layers)
             if key not in self._refits:
-                passes = self._passes(setting.input, setting.rank)
+                passes = self._passes(setting.spec)
                 self._refits[key] = passes.refit(layers).replacements
             return self._refits[key]
         if setting.selection == "greedy":
-            steps = self._greedy[setting.criterion, setting.input]
-            return {i: step for i, step in steps if i in layers}
-        replacements = self._calibration(setting.input, setting.rank).replacements
-        return {i: replacements[i] for i in layers}
+            found = self._greedy[setting.ranking]
+        else:
+            found = self._calibration(setting.spec).replacements
+        return {index: found[index] for index in layers}
 
     def _path(self, setting: Setting, num_layers: int) -> list[int]:
         """Return layers in the order in which they are replaced."""
-        # Layers are chosen by maps of full rank, whatever the rank they end up with.
-        key = (setting.criterion, setting.input)
-        if setting.selection == "one_shot":
-            if key not in self._orders:
-                calibration = self._calibration(setting.input, None)
-                search = self._search(setting.criterion, num_layers)
-                self._orders[key] = search.one_shot(calibration).order
-            return self._orders[key]
-        if len(self._greedy.get(key, [])) < num_layers:
-            calibration = self._calibration(setting.input, None)
-            passes = self._passes(setting.input, None)
-            search = self._search(setting.criterion, num_layers)
-            outcome = search.greedy(calibration, passes)
-            chosen = outcome.order[:num_layers]
-            self._greedy[key] = [(i, outcome.replacements[i]) for i in chosen]
-        return [index for index, _ in self._greedy[key]]
+        if setting not in self._orders or len(self._orders[setting]) < num_layers:
+            calibration = self._calibration(setting.spec)
+            trials = self._trials if setting.criterion == "loss" else None
+            search = Search(setting.criterion, Budget(num_layers, ""), trials)
+            if setting.selection == "greedy":
+                outcome = search.greedy(calibration, self._passes(setting.spec))
+                self._greedy[setting] = outcome.replacements
+                self._orders[setting] = outcome.order[:num_layers]
+            else:
+                self._orders[setting] = search.one_shot(calibration).order
+        return self._orders[setting]
 
-    def _search(self, criterion: str, num_layers: int) -> Search:
-        trials = self._trials if criterion == "loss" else None
-        return Search(criterion, Budget(num_layers, ""), trials)
+    def _calibration(self, spec: LinearizedLayer) -> Calibration:
+        if spec not in self._calibrations:
+            passes = self._passes(spec)
+            self._calibrations[spec] = passes.estimate(self.candidates)
+        return self._calibrations[spec]
 
-    def _calibration(self, kind: str, rank: int | None) -> Calibration:
-        if (kind, rank) not in self._calibrations:
-            passes = self._passes(kind, rank)
-            self._calibrations[kind, rank] = passes.estimate(self.candidates)
-        return self._calibrations[kind, rank]
-
-    def _passes(self, kind: str, rank: int | None) -> Passes:
-        spec = LinearizedLayer(input=kind, rank=rank)  # type: ignore[arg-type]
-
+    def _passes(self, spec: LinearizedLayer) -> Passes:
         def calibration(streams: Mapping[int, Tensor] | None) -> Calibration:
             return Calibration(
                 dict(enumerate(self._forward.layers)),
@@ -235,18 +247,16 @@ class Case:
         )
 
 
-FITS = ("once", "refit")
-
-
 def main_settings() -> list[Setting]:
-    """Return criterion x selection x fit x input, where it may say something."""
-    settings = [DROP]
-    for criterion in CRITERIA:
-        settings += [Setting(criterion, fit=fit) for fit in FITS]
-    for criterion in ("cca_bound", "loss"):
-        settings += [Setting(criterion, "greedy", fit) for fit in FITS]
-    for criterion in ("cca_bound", "residual_nmse", "loss"):
-        settings += [Setting(criterion, fit=f, input="normalized") for f in FITS]
+    """Return criterion x selection x refit x input, where it may say something."""
+    settings = []
+    for refit in (False, True):
+        settings += [Setting(criterion, refit=refit) for criterion in CRITERIA]
+        settings += [Setting(c, "greedy", refit) for c in ("cca_bound", "loss")]
+        settings += [
+            Setting(criterion, refit=refit, input="normalized")
+            for criterion in ("cca_bound", "residual_nmse", "loss")
+        ]
     return settings
 
 
@@ -279,6 +289,8 @@ class Store:
 
 def mean_and_error(values: Sequence[float]) -> str:
     """Return mean and standard error over seeds as text."""
+    if not values:
+        return ""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.4f}"
@@ -317,45 +329,31 @@ class Tables:
 
     def main(self, settings: Sequence[Setting], layers: Sequence[int]) -> str:
         """Return perplexity over the base model's by setting and number of layers."""
-        header = [
-            "criterion",
-            "selection",
-            "fit",
-            "input",
-            *(f"m = {m}" for m in layers),
-        ]
+        fields = ("criterion", "selection", "refit", "input")
         rows = []
         for setting in settings:
             cells = [self._ratios(setting, m) for m in layers]
             if any(cells):
-                names = asdict(setting)
-                rows.append(
-                    [str(names[n]) for n in ("criterion", "selection", "fit", "input")]
-                    + [mean_and_error(cell) if cell else "" for cell in cells]
-                )
-        return table(header, rows)
+                names = [str(getattr(setting, field)) for field in fields]
+                rows.append([*names, *(mean_and_error(cell) for cell in cells)])
+        return table([*fields, *(f"m = {m}" for m in layers)], rows)
 
-    def recovered(self, settings: Sequence[Setting], layers: Sequence[int]) -> str:
-        """Return what part of the perplexity that the paper's method loses is kept."""
-        header = [
-            "criterion",
-            "selection",
-            "fit",
-            "input",
-            *(f"m = {m}" for m in layers),
+    def named(self, layers: Sequence[int]) -> str:
+        """Return the same of methods that have a name."""
+        rows = [
+            [name, *(mean_and_error(self._ratios(setting, m)) for m in layers)]
+            for name, setting in NAMED.items()
         ]
-        rows = []
-        for setting in settings:
-            row = [setting.criterion, setting.selection, setting.fit, setting.input]
-            for m in layers:
-                pairs = zip(
-                    self._ratios(PAPER, m), self._ratios(setting, m), strict=False
-                )
-                parts = [(paper - ours) / (paper - 1) for paper, ours in pairs]
-                row.append(mean_and_error(parts) if parts else "")
-            if any(row[4:]):
-                rows.append(row)
-        return table(header, rows)
+        return table(["method", *(f"m = {m}" for m in layers)], rows)
+
+    def recovered(self, layers: Sequence[int]) -> str:
+        """Return how much of what the paper's settings lose the best ones keep."""
+        row = ["preset best"]
+        for m in layers:
+            pairs = zip(self._ratios(PAPER, m), self._ratios(BEST, m), strict=True)
+            parts = [(paper - best) / (paper - 1) for paper, best in pairs]
+            row.append(mean_and_error(parts))
+        return table(["part kept", *(f"m = {m}" for m in layers)], [row])
 
     def over(
         self, name: str, values: Mapping[str, tuple[Setting, int | None]], m: int
@@ -426,11 +424,8 @@ def main() -> int:
     store = Store(args.json)
     largest = max(args.m)
     settings = main_settings()
-    ranked = [
-        Setting(s.criterion, s.selection, s.fit, s.input, rank)
-        for s in (PAPER, BEST)
-        for rank in args.ranks
-    ]
+    settings += [setting for setting in NAMED.values() if setting not in settings]
+    ranked = [replace(s, rank=rank) for s in (PAPER, BEST) for rank in args.ranks]
     for seed in args.seeds:
         for path in args.models:
             wanted = [(setting, m) for setting in settings for m in args.m]
@@ -450,10 +445,11 @@ def print_tables(name: str, store: Store, args: argparse.Namespace) -> None:
     tables, settings, largest = Tables(rows), main_settings(), max(args.m)
     base = rows[0].base
     print(f"\n## {name}\n\nbase perplexity {base:.3f}, seeds {args.seeds}")
-    print("\nperplexity, times base\n")
+    print("\nperplexity, times base, mean and standard error over seeds\n")
+    print(tables.named(args.m))
+    print("part of the perplexity lost by the paper's settings that is kept\n")
+    print(tables.recovered(args.m))
     print(tables.main(settings, args.m))
-    print("part of the perplexity lost by the paper's settings that is not lost\n")
-    print(tables.recovered(settings, args.m))
     sizes = [*args.sizes, args.num_windows]
     variants = {"paper": PAPER, "best": BEST}
     print(
@@ -467,10 +463,7 @@ def print_tables(name: str, store: Store, args: argparse.Namespace) -> None:
         tables.over(
             "rank",
             {
-                f"{n} {rank or 'full'}": (
-                    Setting(s.criterion, s.selection, s.fit, s.input, rank),
-                    None,
-                )
+                f"{n} {rank or 'full'}": (replace(s, rank=rank), None)
                 for n, s in variants.items()
                 for rank in [*args.ranks, None]
             },
