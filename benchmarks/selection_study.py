@@ -39,13 +39,13 @@ from nbl_modifier.evaluation import PerplexityResult
 from nbl_modifier.forward import PartialForward
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.passes import Passes
-from nbl_modifier.search import Search
+from nbl_modifier.search import TRIED, Search
 from nbl_modifier.selection import Budget
 from nbl_modifier.surgery import Replacement
 from nbl_modifier.trials import Trials
 from nbl_modifier.windows import Batch, Windows, held_out_batches
 
-CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss")
+CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Setting:
 
 
 PAPER = Setting()
-BEST = Setting("loss", refit=True, input="normalized")
+BEST = Setting("kl", refit=True, input="normalized")
 NAMED = {
     "paper": PAPER,
     "preset best": BEST,
@@ -210,7 +210,7 @@ class Case:
         """Return layers in the order in which they are replaced."""
         if setting not in self._orders or len(self._orders[setting]) < num_layers:
             calibration = self._calibration(setting.spec)
-            trials = self._trials if setting.criterion == "loss" else None
+            trials = self._trials if setting.criterion in TRIED else None
             search = Search(setting.criterion, Budget(num_layers, ""), trials)
             if setting.selection == "greedy":
                 outcome = search.greedy(calibration, self._passes(setting.spec))
@@ -252,10 +252,10 @@ def main_settings() -> list[Setting]:
     settings = []
     for refit in (False, True):
         settings += [Setting(criterion, refit=refit) for criterion in CRITERIA]
-        settings += [Setting(c, "greedy", refit) for c in ("cca_bound", "loss")]
+        settings += [Setting(c, "greedy", refit) for c in ("cca_bound", "loss", "kl")]
         settings += [
             Setting(criterion, refit=refit, input="normalized")
-            for criterion in ("cca_bound", "residual_nmse", "loss")
+            for criterion in ("cca_bound", "residual_nmse", "loss", "kl")
         ]
     return settings
 

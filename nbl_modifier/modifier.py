@@ -42,7 +42,7 @@ from .report.provenance import collect_versions, utc_timestamp
 from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
 from .report.tables import ranking_table
 from .reuse import Needs, open_sources
-from .search import Outcome, find_replacements
+from .search import TRIED, Outcome, find_replacements
 from .selection import Budget, count_layers, explain
 from .store import StatisticsStore
 from .surgery import drop_restored_norms, replace
@@ -57,7 +57,7 @@ __all__ = ["NBLModifier"]
 
 # Fields that a preset sets; how they were found is in docs/selection.md.
 _PRESETS: dict[str | None, dict[str, Any]] = {
-    "best": {"criterion": "loss", "refit": True, "input": "normalized"},
+    "best": {"criterion": "kl", "refit": True, "input": "normalized"},
 }
 
 
@@ -107,8 +107,9 @@ class NBLModifier(Modifier):
         paper's), ``nmse``, the unexplained part of the attention output's variance,
         ``residual_nmse``, the same over the variance of the residual stream after
         attention, ``cosine``, one minus the mean cosine similarity of the stream before
-        and after attention, or ``loss``, the increase of the mean negative
-        log-likelihood on held-out windows when that layer alone is replaced
+        and after attention, or, measured on held-out windows when that layer alone is
+        replaced, ``loss``, the increase of the mean negative log-likelihood, or ``kl``,
+        the divergence of the next-token distributions from the original model's
     :param selection: rank once (``one_shot``, the paper's), or again after each
         replacement, on the partly linear model (``greedy``)
     :param refit: fit the chosen layers again, in order of depth, to lead from the
@@ -151,7 +152,7 @@ class NBLModifier(Modifier):
     )
     targets: list[str] | None = None
     ignore: list[str] = Field(default_factory=list)
-    criterion: Literal["cca_bound", "nmse", "residual_nmse", "cosine", "loss"] = (
+    criterion: Literal["cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl"] = (
         "cca_bound"
     )
     selection: Literal["one_shot", "greedy"] = "one_shot"
@@ -557,7 +558,7 @@ class NBLModifier(Modifier):
     @property
     def _measures_losses(self) -> bool:
         """Whether the model runs over windows that are not fitted on."""
-        return self.criterion == "loss" or self.max_perplexity_increase is not None
+        return self.criterion in TRIED or self.max_perplexity_increase is not None
 
     def _new_calibration(
         self,
@@ -595,8 +596,8 @@ class NBLModifier(Modifier):
                 rank=choice.rank,
                 selected=choice.selected,
                 reason=choice.reason,
-                loss=outcome.increases.get(choice.index),
                 **dataclasses.asdict(measured[choice.index]),
+                **dict[str, Any](outcome.trials.get(choice.index, {})),
             )
             for choice in explain(
                 outcome.order,

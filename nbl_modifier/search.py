@@ -21,10 +21,15 @@ from .preflight import CalibrationData
 from .report.schema import HeldoutResult
 from .selection import Budget
 from .surgery import Replacement
-from .trials import Trials
+from .trials import Trial, Trials
 from .windows import Windows
 
-__all__ = ["Outcome", "Search", "find_replacements"]
+__all__ = ["TRIED", "Outcome", "Search", "find_replacements"]
+
+#: Criteria that are measured by trying a replacement on held-out windows, both in nats
+#: per token: the increase of the mean negative log-likelihood, and the divergence of
+#: the next-token distributions from the original model's.
+TRIED = ("loss", "kl")
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class Outcome:
     :param replacements: of the layers to replace, by decoder layer index
     :param binding: the limit that ended the path, in words
     :param unfit: why a layer could not be chosen whatever its rank, by index
-    :param increases: increase of the mean negative log-likelihood on held-out windows,
-        in nats per token, with one layer replaced alone, by decoder layer index
+    :param trials: what was measured on held-out windows with one layer replaced alone,
+        by decoder layer index and criterion, see :data:`TRIED`
     :param heldout: perplexities on held-out windows, if there are any
     """
 
@@ -63,7 +68,7 @@ class Outcome:
     replacements: dict[int, Replacement]
     binding: str
     unfit: dict[int, str]
-    increases: dict[int, float]
+    trials: dict[int, dict[str, float]]
     heldout: HeldoutResult | None
 
 
@@ -71,8 +76,7 @@ class Search:
     """
     Rank candidates and take the best ones until the budget is used up.
 
-    :param criterion: a field of :class:`Measurement`, or ``loss``: the increase of the
-        mean negative log-likelihood on held-out windows, in nats per token
+    :param criterion: a field of :class:`Measurement`, or one of :data:`TRIED`
     :param budget: when to stop
     :param trials: losses on held-out windows; None if neither criterion nor budget asks
     """
@@ -91,8 +95,8 @@ class Search:
 
         :param calibration: of all candidates, on the original model
         """
-        losses = self._losses(calibration)
-        scores = self._scores(calibration, losses, self._base)
+        trials = self._try(calibration, {})
+        scores = self._scores(calibration, trials, self._base)
         order = sorted(scores, key=lambda index: (scores[index], index))
         unfit = self._unfit(calibration)
         steps = (
@@ -101,7 +105,7 @@ class Search:
             if index not in unfit
         )
         taken, binding = self._walk(steps, calibration)
-        return self._outcome(order, scores, taken, binding, unfit, losses)
+        return self._outcome(order, scores, taken, binding, unfit, trials)
 
     def greedy(self, calibration: Calibration, passes: Passes) -> Outcome:
         """
@@ -110,13 +114,13 @@ class Search:
         :param calibration: of all candidates, on the original model
         :param passes: measure the candidates that are left
         """
-        first = self._losses(calibration)
+        first = self._try(calibration, {})
         scores = self._scores(calibration, first, self._base)
         chosen: dict[int, Replacement] = {}
         unfit: dict[int, str] = {}
 
         def steps() -> Iterator[Step]:
-            now, losses = calibration, first
+            now, trials = calibration, first
             while True:
                 left = scores.keys() - chosen
                 unfit.clear()
@@ -124,13 +128,13 @@ class Search:
                 if left <= unfit.keys():
                     return
                 best = min(left - unfit.keys(), key=lambda i: (scores[i], i))
-                loss = losses.get(best)
+                loss = trials[best].loss if best in trials else None
                 yield Step(best, now.replacements[best], loss)
                 chosen[best] = now.replacements[best]
                 with passes.replaced(chosen):
                     now = passes.estimate(left - {best})
-                    losses = self._losses(now)
-                scores.update(self._scores(now, losses, loss))
+                trials = self._try(now, chosen)
+                scores.update(self._scores(now, trials, loss))
 
         taken, binding = self._walk(steps(), calibration)
         order = [step.index for step in taken]
@@ -158,14 +162,12 @@ class Search:
         taken: Sequence[Step],
         binding: str,
         unfit: dict[int, str],
-        losses: Mapping[int, PerplexityResult],
+        trials: Mapping[int, Trial],
     ) -> Outcome:
         replacements = {step.index: step.replacement for step in taken}
-        increases, heldout = {}, None
+        figures, heldout = {}, None
         if self._base is not None and self._trials is not None:
-            increases = {
-                i: loss.nll_mean - self._base.nll_mean for i, loss in losses.items()
-            }
+            figures = {i: _figures(trial, self._base) for i, trial in trials.items()}
             final = taken[-1].loss or self._trials.loss(replacements)
             path = [step.loss.perplexity if step.loss else None for step in taken]
             heldout = HeldoutResult(
@@ -175,25 +177,27 @@ class Search:
                 path=path,
                 replaced=final.perplexity,
             )
-        return Outcome(order, scores, replacements, binding, unfit, increases, heldout)
+        return Outcome(order, scores, replacements, binding, unfit, figures, heldout)
 
-    def _losses(self, calibration: Calibration) -> dict[int, PerplexityResult]:
-        if self._criterion != "loss":
+    def _try(
+        self, calibration: Calibration, given: Mapping[int, Replacement]
+    ) -> dict[int, Trial]:
+        if self._criterion not in TRIED:
             return {}
         assert self._trials is not None
-        return self._trials.single_losses(calibration.replacements)
+        return self._trials.single(calibration.replacements, given)
 
     def _scores(
         self,
         calibration: Calibration,
-        losses: Mapping[int, PerplexityResult],
+        trials: Mapping[int, Trial],
         before: PerplexityResult | None,
     ) -> dict[int, float]:
-        if self._criterion != "loss":
+        if self._criterion not in TRIED:
             measured = calibration.measured.items()
             return {i: getattr(m, self._criterion) for i, m in measured}
         assert before is not None
-        return {i: loss.nll_mean - before.nll_mean for i, loss in losses.items()}
+        return {i: _figures(t, before)[self._criterion] for i, t in trials.items()}
 
     def _unfit(self, calibration: Calibration) -> dict[int, str]:
         """Return why layers cannot be chosen, of those that cannot."""
@@ -266,6 +270,11 @@ class Search:
             f"windows by {self._increase(step):.4g} times the base model's. Allow at "
             "least that, choose another criterion, or give num_layers instead."
         )
+
+
+def _figures(trial: Trial, before: PerplexityResult) -> dict[str, float]:
+    """Return the values of the criteria in :data:`TRIED`."""
+    return {"loss": trial.loss.nll_mean - before.nll_mean, "kl": trial.kl}
 
 
 def find_replacements(

@@ -1,11 +1,13 @@
-"""Measured losses: what a replacement does to the model on held-out windows."""
+"""Measured losses: what replacements do to the model on held-out windows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import kl_div, nll_loss
 from tqdm import tqdm
 
 from .architectures import Architecture
@@ -14,12 +16,29 @@ from .forward import PartialForward
 from .surgery import Replacement, replaced
 from .windows import Windows
 
-__all__ = ["Trials"]
+__all__ = ["Trial", "Trials"]
+
+# Rows of logits in float32 at a time: of 128,000 tokens each, a quarter of a gigabyte.
+_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Trial:
+    """
+    The model with something replaced.
+
+    :param loss: negative log-likelihood of the held-out windows
+    :param kl: mean Kullback-Leibler divergence of its next-token distribution from the
+        original model's, in nats per token
+    """
+
+    loss: PerplexityResult
+    kl: float
 
 
 class Trials:
     """
-    Losses of a model, as it is and with single layers replaced, on the same windows.
+    Trials of a model on the same windows, which leave it as it is.
 
     :param forward: the model
     :param architecture: its family
@@ -41,61 +60,98 @@ class Trials:
 
         :param replacements: put in for the trial, by decoder layer index
         """
-        layers = self._forward.layers
-        with replaced(layers, self._architecture, replacements or {}):
-            return self._measure([None] * len(self._windows.batches), 0)
+        sums = _Sums()
+        with replaced(self._forward.layers, self._architecture, replacements or {}):
+            for number, batch in enumerate(self._windows.batches):
+                sums.add(self._targets(number), self._forward.logits(batch))
+        return summarize(sums.nll, sums.counts)
 
-    def single_losses(
-        self, replacements: Mapping[int, Replacement]
-    ) -> dict[int, PerplexityResult]:
+    def single(
+        self,
+        candidates: Mapping[int, Replacement],
+        given: Mapping[int, Replacement] | None = None,
+    ) -> dict[int, Trial]:
         """
-        Return the loss with each replacement put in alone, by decoder layer index.
+        Try each candidate alone.
 
         A trial of layer i runs the layers from i on; those before it run once.
 
-        :param replacements: by decoder layer index
+        :param candidates: by decoder layer index
+        :param given: put in for all of them, by decoder layer index
         """
-        streams: list[Tensor | None] = [None] * len(self._windows.batches)
-        layers, start, losses = self._forward.layers, 0, {}
-        for index in tqdm(sorted(replacements), "NBL: trying layers", leave=False):
-            for number, batch in enumerate(self._windows.batches):
-                stream = self._forward.hidden_states(
-                    batch, index, streams[number], start
-                )
-                streams[number] = None if stream is None else stream.cpu()
-            start = index
-            trial = {index: replacements[index]}
-            with replaced(layers, self._architecture, trial):
-                losses[index] = self._measure(streams, start)
-        return losses
+        layers, architecture = self._forward.layers, self._architecture
+        sums = {index: _Sums() for index in sorted(candidates)}
+        batches = tqdm(self._windows.batches, "NBL: trying layers", leave=False)
+        for number, batch in enumerate(batches):
+            targets = self._targets(number)
+            original = self._forward.logits(batch)
+            stream, start = None, 0
+            with replaced(layers, architecture, given or {}):
+                for index, sum_ in sums.items():
+                    stream = self._forward.hidden_states(batch, index, stream, start)
+                    start = index
+                    trial = {index: candidates[index]}
+                    with replaced(layers, architecture, trial):
+                        logits = self._forward.logits(batch, stream, start)
+                    sum_.add(targets, logits, original)
+        return {index: sum_.trial() for index, sum_ in sums.items()}
 
-    def _measure(
-        self, streams: Sequence[Tensor | None], start: int
-    ) -> PerplexityResult:
-        sums: list[float] = []
-        counts: list[int] = []
-        for number, batch in enumerate(self._windows.batches):
-            logits = self._forward.logits(batch, streams[number], start)
-            targets = self._windows.targets(number)
-            for row in range(len(targets)):
-                sums.append(
-                    _nll_sum(logits[row], batch["input_ids"][row], targets[row])
-                )
-                counts.append(int(targets[row].sum()))
-        return summarize(sums, counts)
+    def _targets(self, number: int) -> list[_Target]:
+        tokens = self._windows.batches[number]["input_ids"]
+        return [
+            _Target(row, positions, tokens[row, positions])
+            for row, counts in enumerate(self._windows.targets(number))
+            for positions in [counts.nonzero().flatten()]
+        ]
 
 
-def _nll_sum(logits: Tensor, tokens: Tensor, targets: Tensor) -> float:
-    """
-    Return the negative log-likelihood of the target tokens of one window, in nats.
+@dataclass(frozen=True)
+class _Target:
+    """The tokens to be predicted in one window of a batch."""
 
-    :param logits: ``[tokens, vocabulary]``
-    :param tokens: ``[tokens]``
-    :param targets: bool ``[tokens]``, not the first
-    """
-    positions = targets.nonzero().flatten()
-    # one window at a time: a float32 copy of all logits would be the peak in memory
-    predicted = logits[(positions - 1).to(logits.device)].float()
-    wanted = tokens[positions].to(logits.device)
-    nll = cross_entropy(predicted, wanted, reduction="none")
-    return nll.double().sum().item()
+    row: int
+    positions: Tensor
+    tokens: Tensor
+
+    def chunks(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return the positions that predict, and what they should, part by part."""
+        return zip(
+            (self.positions - 1).split(_ROWS), self.tokens.split(_ROWS), strict=True
+        )
+
+
+class _Sums:
+    """Sums over windows."""
+
+    def __init__(self) -> None:
+        self.nll: list[float] = []
+        self.counts: list[int] = []
+        self._kl = 0.0
+
+    def add(
+        self, targets: Iterable[_Target], logits: Tensor, original: Tensor | None = None
+    ) -> None:
+        """Add a batch; logits are ``[batch, tokens, vocabulary]``."""
+        for target in targets:
+            nll = 0.0
+            for positions, tokens in target.chunks():
+                at = positions.to(logits.device)
+                # a part at a time: in float32 all of them would be the peak in memory
+                predicted = logits[target.row, at].float().log_softmax(-1)
+                wanted = tokens.to(logits.device)
+                nll += _total(nll_loss(predicted, wanted, reduction="none"))
+                if original is not None:
+                    reference = original[target.row, at].float().log_softmax(-1)
+                    self._kl += _total(
+                        kl_div(predicted, reference, reduction="none", log_target=True)
+                    )
+            self.nll.append(nll)
+            self.counts.append(len(target.positions))
+
+    def trial(self) -> Trial:
+        """Return the means."""
+        return Trial(summarize(self.nll, self.counts), self._kl / sum(self.counts))
+
+
+def _total(values: Tensor) -> float:
+    return values.sum(dtype=torch.float64).item()

@@ -113,6 +113,31 @@ def test_loss_is_that_of_the_single_replacement(
     )
 
 
+def test_divergence_is_from_the_original_predictions(
+    llama: Path, rows: Dataset, everything: NBLReport
+) -> None:
+    _, report = run(llama, rows, criterion="kl", num_layers=2)
+    assert [result.score for result in report.ranking] == sorted(
+        result.kl or 0.0 for result in report.layers
+    )
+
+    def predictions(model: Model) -> torch.Tensor:
+        tokens = torch.tensor(rows.select(HELD_OUT)["input_ids"])
+        with torch.no_grad():
+            logits = model(tokens, use_cache=False).logits[:, :-1]
+        return logits.double().log_softmax(-1)
+
+    original = predictions(load(llama))
+    for index in range(4):
+        replaced = predictions(run(llama, rows.select(FITTED), layers=[index])[0])
+        divergence = (original.exp() * (original - replaced)).sum(-1).mean()
+        result = layer(report, index)
+        # of float32 logits, with a mean of about 0.1
+        assert result.kl == pytest.approx(float(divergence), abs=2e-6)
+        assert result.kl == layer(everything, index).kl
+        assert result.loss == layer(everything, index).loss
+
+
 def test_trials_leave_nothing_behind(llama: Path, rows: Dataset) -> None:
     """The layers that are not chosen are the original ones, bit for bit."""
     original = load(llama).state_dict()
@@ -478,7 +503,7 @@ def test_refit_helps_a_trained_model() -> None:
 
 def test_preset_fills_in_what_is_not_given(llama: Path, rows: Dataset) -> None:
     modifier = NBLModifier(num_layers=2, preset="best")
-    assert (modifier.criterion, modifier.refit) == ("loss", True)
+    assert (modifier.criterion, modifier.refit) == ("kl", True)
     model, report = run(llama, rows, num_layers=2, preset="best")
     spelled_out = {
         name: getattr(modifier, name)
@@ -495,7 +520,7 @@ def test_given_fields_win_over_the_preset(logged: list[str]) -> None:
     assert modifier.criterion == "nmse"
     assert modifier.refit
     assert [text for text in logged if "preset 'best'" in text] == [
-        "NBLModifier.criterion: 'nmse' as given, not 'loss' of preset 'best'"
+        "NBLModifier.criterion: 'nmse' as given, not 'kl' of preset 'best'"
     ]
 
 

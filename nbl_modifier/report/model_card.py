@@ -36,8 +36,9 @@ Layers in the order of the ranking by `{criterion}`, those {action} in bold. `bo
 sum(1 - rho_i^2) between the residual stream before and after {part}; `NMSE` is the
 error of what takes its place over the variance of what {part} adds to the stream;
 `residual NMSE` is the same error over the variance of the residual stream after it;
-`loss` is the increase of the loss on held-out windows, in nats per token, with that
-layer alone {action}. What was not measured is left out.
+`loss` is the increase of the loss on held-out windows with that layer alone {action},
+`KL` the divergence from the original model's predictions, both in nats per token. What
+was not measured is left out.
 
 {table}
 

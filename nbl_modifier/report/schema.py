@@ -45,6 +45,8 @@ class LayerResult:
         and after attention, dimensionless
     :param loss: increase of the mean negative log-likelihood on held-out windows when
         this layer alone is replaced, nats per token, if measured
+    :param kl: divergence of the next-token distributions from the original model's,
+        likewise
     """
 
     name: str
@@ -64,6 +66,7 @@ class LayerResult:
     heldout_nmse: float | None = None
     cosine: float | None = None
     loss: float | None = None
+    kl: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

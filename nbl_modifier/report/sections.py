@@ -25,7 +25,7 @@ from .schema import NBLReport
 __all__ = ["group_sections"]
 
 # Fields of LayerResult that a ranking can follow, lowest first.
-_CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss")
+_CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl")
 # Columns of the ranking: field and format, where it was measured.
 _MEASURED = {
     "bound": ("cca_bound", ".3f"),
@@ -34,6 +34,7 @@ _MEASURED = {
     "residual NMSE": ("residual_nmse", ".5f"),
     "cosine": ("cosine", ".5f"),
     "loss": ("loss", ".5f"),
+    "KL": ("kl", ".5f"),
     "score": ("score", ".5g"),
 }
 _NO_CORRELATIONS = (

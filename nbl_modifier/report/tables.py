@@ -14,6 +14,7 @@ _COLUMNS: dict[str, tuple[str, str]] = {
     "held-out NMSE": ("heldout_nmse", ".4f"),
     "residual NMSE": ("residual_nmse", ".5f"),
     "loss": ("loss", "+.4f"),
+    "KL": ("kl", ".4f"),
     "tokens": ("num_tokens", ","),
 }
 
