@@ -15,7 +15,7 @@ class Task:
     """
     One lm-eval task as it is to be run.
 
-    :param name: task or group of tasks in lm-eval, or a YAML file
+    :param name: task or group of tasks in lm-eval, or a task's YAML file
     :param metric: the metric to compare models by; None for accuracy, normalized where
         the task has that
     :param num_fewshot: examples in the prompt; None for the task's own number

@@ -4,11 +4,13 @@
 import copy
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from nbl_modifier.evaluation import (
@@ -19,6 +21,7 @@ from nbl_modifier.evaluation import (
     perplexity,
 )
 from nbl_modifier.evaluation.documents import SPLIT, perplexity_documents
+from nbl_modifier.evaluation.harness import TASK_FOLDER
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "pycode-4m"
 CHANCE = 0.25
@@ -129,6 +132,60 @@ def test_loaded_tasks_ask_the_same_questions_again(
     assert first == again
     other = evaluate_model(random_model, tokenizer, tasks, limit=5)["nbl_stdlib_recall"]
     assert other.documents_hash != first.documents_hash
+
+
+def test_group_has_one_score_over_all_its_documents(
+    random_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As MMLU is one: 57 tasks, weighted by size."""
+    config = {
+        "group": "nbl_pair",
+        "task": CHOICES,
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+    }
+    # lm-eval finds groups by name only
+    shutil.copytree(TASK_FOLDER, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "nbl_pair.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("nbl_modifier.evaluation.harness.TASK_FOLDER", tmp_path)
+    scores = evaluate_model(random_model, tokenizer, ["nbl_pair"], limit=6)
+    parts = evaluate_model(random_model, tokenizer, CHOICES, limit=6)
+    assert list(scores) == ["nbl_pair"]
+    pair = scores["nbl_pair"]
+    assert (pair.metric, pair.num_documents) == ("acc", 12)
+    values = [parts[name].scores["acc"].value for name in CHOICES]
+    assert pair.score.value == pytest.approx(sum(values) / 2, rel=1e-12)
+    assert pair.score.influence is not None
+    assert len(pair.score.influence) == 12
+
+
+def test_shots_are_the_tasks_own_unless_given(
+    random_model: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines = [
+        f"include: {TASK_FOLDER / 'nbl_stdlib_recall.yaml'}",
+        "task: nbl_shots",
+        "fewshot_split: test",
+        "num_fewshot: 1",
+    ]
+    (tmp_path / "nbl_shots.yaml").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    own, given = (
+        evaluate_model(
+            random_model,
+            tokenizer,
+            [Task("nbl_shots.yaml", num_fewshot=shots)],
+            limit=2,
+        )["nbl_shots"]
+        for shots in (None, 2)
+    )
+    assert (own.num_fewshot, given.num_fewshot) == (1, 2)
+    assert own.documents_hash != given.documents_hash
 
 
 def test_unknown_task_is_named_with_similar_ones() -> None:
