@@ -97,6 +97,7 @@ class Calibration:
     :param store: keeps the statistics of finished layers; those that it has already are
         read instead of measured
     :param ranks: the processes of the run; those of ``torch.distributed`` if not given
+    :param log_level: of the line that each layer gets
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Calibration:
         streams: Mapping[int, Tensor] | None = None,
         store: StatisticsStore | None = None,
         ranks: Ranks | None = None,
+        log_level: str = "INFO",
     ) -> None:
         self.measured: dict[int, Measurement] = {}
         self.replacements: dict[int, Replacement] = {}
@@ -134,6 +136,7 @@ class Calibration:
         self._streams = streams
         self._store = store
         self._ranks = ranks or Ranks()
+        self._log_level = log_level
         self._stored = frozenset(i for i in layers if store is not None and i in store)
         self._failure: Exception | None = None
         self._pending: dict[
@@ -475,7 +478,8 @@ class Calibration:
         self.measured[index] = measurement
         self.replacements[index] = replacement
         self._drop_worst()
-        logger.info(
+        logger.log(
+            self._log_level,
             "{}: {} tokens, NMSE {:.4f}, CCA bound {:.4f}, dampening {:.1e}, {:.2f} s",
             name,
             measurement.num_tokens,

@@ -383,7 +383,7 @@ class NBLModifier(Modifier):
         outcome = find_replacements(
             state,
             calibration,
-            partial(self._new_calibration, model, keep),
+            partial(self._new_calibration, model, keep, log_level="DEBUG"),
             self._data,
             self._architecture,
             self._budget,
@@ -566,6 +566,7 @@ class NBLModifier(Modifier):
         keep: int,
         streams: Mapping[int, Tensor] | None = None,
         store: StatisticsStore | None = None,
+        log_level: str = "INFO",
     ) -> Calibration:
         layers = decoder_layers(model, self._architecture)
         return Calibration(
@@ -582,6 +583,7 @@ class NBLModifier(Modifier):
             measure_held_out=self._holds_out,
             streams=streams,
             store=store,
+            log_level=log_level,
         )
 
     def _make_report(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from llmcompressor.core import State
 from llmcompressor.utils.helpers import calibration_forward_context
+from loguru import logger
 from torch import Tensor
 
 from .architectures import Architecture
@@ -233,6 +234,14 @@ class Search:
                         f"({self._increase(step):.4g} with layer {step.index})"
                     )
             taken.append(step)
+            if step.loss is not None:
+                logger.info(
+                    "NBL: layer {} is number {} by {}, held-out perplexity {:.3f}",
+                    step.index,
+                    len(taken),
+                    self._criterion,
+                    step.loss.perplexity,
+                )
         return taken, budget.reason
 
     def _measured(self, step: Step, taken: Sequence[Step]) -> Step:

@@ -50,7 +50,7 @@ LAYERS = {
     "search": Layer(
         ours="passes trials calibration forward preflight surgery windows evaluation"
         " report architectures selection",
-        packages="llmcompressor torch",
+        packages="llmcompressor loguru torch",
     ),
     "passes": Layer(
         ours="calibration forward surgery windows architectures",
