@@ -39,7 +39,7 @@ export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env env-compress env-serve demo test unit integration lint typecheck \
+.PHONY: help env env-compress env-serve demo test unit core integration support-table lint typecheck \
 	format bench build clean
 
 help:  ## Show this list
@@ -53,14 +53,21 @@ demo: env  ## Compress the bundled model with NBL + GPTQ, generate from it in vL
 	$(COMPRESS_PY) examples/demo.py compress --output $(DEMO_DIR)
 	$(SERVE_PY) examples/demo.py serve $(DEMO_DIR)
 
-test: env lint typecheck unit integration  ## Everything CI checks
+test: env lint typecheck unit core  ## Everything CI checks
 
 unit: env-compress  ## Tests that need no vLLM
 	$(COMPRESS_PY) -m pytest tests -m "$(MARKERS)" $(PYTEST_ARGS)
 
-integration: env  ## Tests against real vLLM
+core: env  ## Tests against real vLLM: a few of each kind
 	NBL_SERVE_PYTHON=$(SERVE_PY) \
 	$(COMPRESS_PY) -m pytest integration_tests -m "$(MARKERS)" $(PYTEST_ARGS)
+
+integration: env  ## Tests against real vLLM: all, about an hour
+	NBL_SERVE_PYTHON=$(SERVE_PY) $(COMPRESS_PY) -m pytest integration_tests \
+		--results integration_tests/results.json $(PYTEST_ARGS)
+
+support-table: env-compress  ## Put the last full run's results into README.md
+	$(COMPRESS_PY) -m integration_tests.support_table
 
 lint: env-compress  ## ruff: rules and formatting
 	$(COMPRESS)/bin/ruff check

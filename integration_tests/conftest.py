@@ -14,7 +14,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from integration_tests import materials
 from integration_tests.harness import Served, Worker, tail
+from integration_tests.results import Recorder
 from integration_tests.rows import DEMO_MODEL, Row
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--results``."""
+    parser.addoption(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="write the outcome of every cell of the support table",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect results if they are wanted."""
+    path = config.getoption("--results")
+    if path is not None:
+        config.pluginmanager.register(Recorder(path))
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from integration_tests.rows import DEMO_MODEL, ROOT
+from nbl_modifier.architectures import architecture_of
 from nbl_modifier.data import load_texts, pack
 from nbl_modifier.hf import register
 
@@ -49,11 +51,13 @@ def engine_defaults(name: str) -> dict[str, Any]:
     Return the engine's arguments unless a row says otherwise.
 
     Longest prompt and answer fit. Lengths are multiples of a KV cache's block, since
-    vLLM counts what fits in sequences of them. The random models have no tokenizer.
+    vLLM counts what fits in sequences of them.
     """
     if name == DEMO_MODEL:
         return {"enforce_eager": True, "max_model_len": 512}
-    return {"enforce_eager": True, "max_model_len": 256, "skip_tokenizer_init": True}
+    tiny = {"enforce_eager": True, "max_model_len": 256}
+    # Images are found in prompts by a tokenizer; the other models have none.
+    return tiny if name == "llava" else tiny | {"skip_tokenizer_init": True}
 
 
 @cache
@@ -93,18 +97,29 @@ def compress(name: str, source: Path, recipe: str, directory: Path) -> None:
 
     import nbl_modifier.modifier  # noqa: F401  # makes NBLModifier known to recipes
 
+    # That of the bundled model also for models without; random tokens never meet it.
+    has_own = (source / "processor_config.json").exists()
     tokenizer: Any = AutoTokenizer.from_pretrained(DEMO_DIRECTORY)
     dataset = _calibration_data(name, tokenizer)
+    # A path means a language model to oneshot().
+    model: Any = load_model(source) if has_own else str(source)
     torch.manual_seed(0)  # the data loader draws the order of the samples
     oneshot(
-        model=str(source),
+        model=model,
         dataset=dataset,
         recipe=recipe,
-        processor=tokenizer,
+        processor=None if has_own else tokenizer,
         num_calibration_samples=len(dataset),
         max_seq_length=512,
         output_dir=str(directory),
     )
+
+
+def load_model(directory: Path, dtype: Any = "auto") -> Any:
+    """Return a checkpoint, linearized or not, as a transformers model."""
+    config = AutoConfig.from_pretrained(directory)
+    auto_class = getattr(transformers, architecture_of(config.model_type).auto_class)
+    return auto_class.from_pretrained(directory, dtype=dtype)
 
 
 def _calibration_data(name: str, tokenizer: Any) -> "Dataset":

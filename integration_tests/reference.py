@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
 
-from integration_tests.materials import max_tokens, prompts
+from integration_tests.materials import load_model, max_tokens, prompts
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def reference(directory: Path, dtype: str, model: str) -> Reference:
     :param dtype: name of a torch dtype
     :param model: see :class:`Row`
     """
-    loaded = load(directory, dtype)
+    loaded = load_model(directory, getattr(torch, dtype))
     answers = [generate(loaded, prompt, max_tokens(model)) for prompt in prompts(model)]
     return Reference(
         tokens=[answer.tokens for answer in answers],
@@ -57,13 +56,8 @@ def prompt_logprobs(directory: Path, dtype: str, model: str) -> torch.Tensor:
     :param dtype: name of a torch dtype
     :param model: see :class:`Row`
     """
-    loaded = load(directory, dtype)
+    loaded = load_model(directory, getattr(torch, dtype))
     return torch.cat([logprobs(loaded, prompt) for prompt in prompts(model)])
-
-
-def load(directory: Path, dtype: str) -> Any:
-    """Return a checkpoint as a transformers model."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
 
 
 class Continuation(NamedTuple):

@@ -113,9 +113,9 @@ def rows(expectation: str | None = None) -> list[Any]:
     ]
 
 
-def families() -> list[str]:
-    """Return the families of the support table, in its order."""
-    return list(_matrix()["families"])
+def families() -> dict[str, str]:
+    """Return the families of the support table and their titles, in its order."""
+    return {name: row["title"] for name, row in _matrix()["families"].items()}
 
 
 def features() -> dict[str, str]:
@@ -130,7 +130,7 @@ def _all_rows() -> list[Row]:
         for path in sorted(CONFIGS.glob("*.yaml"))
     ]
     cells = [
-        _cell(family, special or {}, feature, content)
+        _cell(family, special, feature, content)
         for family, special in _matrix()["families"].items()
         for feature, content in _matrix()["features"].items()
     ]
@@ -146,16 +146,15 @@ def _matrix() -> dict[str, Any]:
 def _cell(
     family: str, special: dict[str, Any], feature: str, content: dict[str, Any]
 ) -> Row:
-    core = feature in special.get("core", [])
-    fields = {
-        **_matrix()["defaults"],
-        **{key: value for key, value in content.items() if key != "heading"},
-        **special.get(feature, {}),
-    }
+    fields = {**_matrix()["defaults"], **content, **special.get(feature, {})}
+    del fields["heading"]
+    nbl = fields.pop("nbl") | special.get("nbl", {})
+    modifiers = {"NBLModifier": nbl, **fields.pop("then", {})}
     return Row(
         name=f"{family}-{feature}",
         model=family,
-        slow=not core,
+        recipe={"default_stage": {"default_modifiers": modifiers}},
+        slow=feature not in special.get("core", []),
         cell=(family, feature),
         **fields,
     )

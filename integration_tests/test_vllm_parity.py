@@ -203,7 +203,7 @@ def assert_capacity(
     model's is at least its count of blocks and less than one more.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    num_layers = config["num_hidden_layers"]
+    num_layers = config.get("text_config", config)["num_hidden_layers"]
     per_stage = num_layers // row.pipeline_parallel
     kept = set(range(num_layers)).difference(linearized_layers(directory))
     busiest = max(

@@ -1,0 +1,89 @@
+"""
+Writes the support table into README.md, from the results of the last full run.
+
+    python -m integration_tests.support_table
+
+No cell is filled by hand: ``tests/test_support_table.py`` fails if README.md differs.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from integration_tests.rows import ROOT, Row, families, features, rows
+
+RESULTS = Path(__file__).with_name("results.json")
+README = ROOT / "README.md"
+BEGIN = "<!-- support table: python -m integration_tests.support_table -->"
+END = "<!-- end of support table -->"
+CELLS = {"passed": "yes", "unsupported": "no (vLLM)", "failed": "fails"}
+
+
+def render(results: dict[str, Any]) -> str:
+    """
+    Return the table in markdown, with what it was measured on.
+
+    :param results: content of ``results.json``
+    """
+    headings = features()
+    lines = [
+        f"| family | {' | '.join(headings.values())} |",
+        f"|:---|{':---:|' * len(headings)}",
+    ]
+    for name, title in families().items():
+        cells = [CELLS[results["cells"][name][feature]] for feature in headings]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    ran = results["versions"]
+    compress, serve = (
+        ", ".join(f"{name} {version}" for name, version in ran[side].items())
+        for side in ("compress", "serve")
+    )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *_reasons(results["cells"]),
+            "",
+            f"`make integration` on {results['date']}: {results['tests']} tests passed "
+            f"and {results['failures']} failed in {results['minutes']} minutes; "
+            f"commit {ran['commit']}, Python {ran['python']}.",
+            f"Compressed with {compress}; served with {serve}.",
+        ]
+    )
+
+
+def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:
+    """Return a line for each thing that vLLM says where it cannot do something."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for parameter in rows("unsupported"):
+        row: Row = parameter.values[0]
+        if row.cell is None or row.unsupported is None:
+            continue
+        family, feature = row.cell
+        if cells[family][feature] == "unsupported":
+            reason = (features()[feature], row.unsupported)
+            found.setdefault(reason, []).append(families()[family])
+    return [
+        f"- {heading}, {', '.join(titles)}: vLLM says `{message}`, with the base model too"
+        for (heading, message), titles in found.items()
+    ]
+
+
+def replaced(readme: str, table: str) -> str:
+    """Return README.md's text with the table between its two markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the lines {BEGIN!r} and {END!r}.")
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+
+
+def main() -> None:
+    """Write the table into README.md."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    text = README.read_text(encoding="utf-8")
+    README.write_text(replaced(text, render(results)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

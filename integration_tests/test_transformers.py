@@ -1,0 +1,106 @@
+"""A linearized checkpoint in transformers: what was written, and what it generates."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from integration_tests.conftest import Materials
+from integration_tests.materials import load_model, max_tokens, prompts
+from integration_tests.reference import Continuation, generate
+from integration_tests.rows import Row, rows
+from nbl_modifier.architectures import architecture_of
+from nbl_modifier.report.schema import NBLReport
+
+# The longest prompts outgrow sliding windows; a few show what all would.
+NUM_PROMPTS = 3
+
+
+@pytest.mark.parametrize("row", rows("calibrated"))
+def test_calibrated(row: Row, made: Materials) -> None:
+    """All layers were measured, the best-ranked replaced, nothing else is left."""
+    directory = made.checkpoint(row.recipe_text, row.model)
+    report = NBLReport.load(directory / "nbl_report.json")
+    assert len(report.layers) == report.num_hidden_layers
+    assert all(math.isfinite(layer.score) for layer in report.layers)
+    ranked = sorted(report.layers, key=lambda layer: layer.score)
+    chosen = sorted(layer.index for layer in ranked[: len(report.selected_layers)])
+    assert report.selected_layers == chosen
+    assert row.linearized in (chosen, len(chosen))
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    assert sorted(map(int, config["nbl_config"]["layers"])) == chosen
+    architecture = architecture_of(config["model_type"])
+    attention = f".{architecture.attention}."
+    names = {
+        name.partition(".layers.")[2]
+        for name in tensor_names(directory)
+        if ".layers." in name and attention in name and "vision" not in name
+    }
+    for index in range(report.num_hidden_layers):
+        of_layer = {
+            name.partition(attention)[2]
+            for name in names
+            if name.startswith(f"{index}.")
+        }
+        assert (of_layer == {"linear.weight", "linear.bias"}) == (index in chosen)
+
+
+def tensor_names(directory: Path) -> set[str]:
+    """Return the names of all tensors of a checkpoint."""
+    names: set[str] = set()
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names.update(file.keys())
+    return names
+
+
+@pytest.mark.parametrize("row", rows("generation"))
+def test_generation(row: Row, made: Materials) -> None:
+    """
+    A reloaded checkpoint generates with a cache as it does without one.
+
+    A dynamic one, a static one, and several prompts at once, padded on their left;
+    tokens are compared up to the first lead of less than ``ties_below``, nat.
+    """
+    directory = made.checkpoint(row.recipe_text, row.model)
+    model = load_model(directory, getattr(torch, row.dtype))
+    tie = row.expect["generation"]["ties_below"]
+    longest = prompts(row.model)[-NUM_PROMPTS:]
+    number = max_tokens(row.model)
+    without = [generate(model, each, number, use_cache=False) for each in longest]
+    for prompt, expected in zip(longest, without, strict=True):
+        same(expected, generate(model, prompt, number).tokens, tie)
+        static = generate(model, prompt, number, cache_implementation="static")
+        same(expected, static.tokens, tie)
+    for expected, tokens in zip(
+        without, generate_padded(model, longest, number), strict=True
+    ):
+        same(expected, tokens, tie)
+
+
+def same(expected: Continuation, tokens: list[int], tie: float) -> None:
+    """Compare tokens up to the first lead of less than ``tie``, at least one."""
+    clear = next((i for i, lead in enumerate(expected.margins) if lead < tie), None)
+    assert clear != 0
+    assert tokens[:clear] == expected.tokens[:clear]
+
+
+@torch.no_grad()
+def generate_padded(
+    model: torch.nn.Module, longest: list[list[int]], num_tokens: int
+) -> list[list[int]]:
+    """Return the greedy continuations of prompts that are padded to the longest."""
+    width = max(map(len, longest))
+    padding = [width - len(prompt) for prompt in longest]
+    output = model.generate(  # type: ignore[operator]
+        torch.tensor([[0] * n + p for n, p in zip(padding, longest, strict=True)]),
+        attention_mask=torch.tensor([[0] * n + [1] * (width - n) for n in padding]),
+        do_sample=False,
+        max_new_tokens=num_tokens,
+        pad_token_id=0,
+    )
+    tokens: list[list[int]] = output[:, width:].tolist()
+    return tokens
