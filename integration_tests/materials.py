@@ -116,10 +116,16 @@ def compress(name: str, source: Path, recipe: str, directory: Path) -> None:
 
 
 def load_model(directory: Path, dtype: Any = "auto") -> Any:
-    """Return a checkpoint, linearized or not, as a transformers model."""
+    """
+    Return a checkpoint, linearized or not, as a transformers model.
+
+    With attention as it is written down: torch's own leaves out Gemma 2's soft-capping.
+    """
     config = AutoConfig.from_pretrained(directory)
     auto_class = getattr(transformers, architecture_of(config.model_type).auto_class)
-    return auto_class.from_pretrained(directory, dtype=dtype)
+    return auto_class.from_pretrained(
+        directory, dtype=dtype, attn_implementation="eager"
+    )
 
 
 def _calibration_data(name: str, tokenizer: Any) -> "Dataset":

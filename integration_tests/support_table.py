@@ -64,7 +64,7 @@ def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:
             reason = (features()[feature], row.unsupported)
             found.setdefault(reason, []).append(families()[family])
     return [
-        f"- {heading}, {', '.join(titles)}: vLLM says `{message}`, with the base model too"
+        f"- {heading}, {', '.join(titles)}: vLLM says `{message}`, without NBL, too"
         for (heading, message), titles in found.items()
     ]
 

@@ -132,8 +132,32 @@ def test_logprobs(
     99th percentile takes the maximum's place.
     ``quantization_effect``: the distance is at most this fraction of what quantization
     changes.
+    ``quantization_noise``: where transformers cannot load what llm-compressor wrote,
+    with NBL or without: the distance to the unquantized model in transformers, on
+    average, is at most this many times that of the base model, quantized as the row is.
     """
     rule: dict[str, Any] = row.expect["logprobs"]
+    if "quantization_noise" in rule:
+        noise, base_noise = (
+            distance(
+                engine(
+                    made.checkpoint(quantized, row.model),
+                    row.model,
+                    engine={"dtype": row.dtype} | row.engine,
+                ).logprobs,
+                prompt_logprobs(
+                    made.checkpoint(dense, row.model), row.dtype, row.model
+                ),
+            ).mean()
+            for quantized, dense in (
+                (row.recipe_text, row.nbl_text),
+                (row.quantizer_text, None),
+            )
+        )
+        record_property("mean", f"{noise:.2g}")
+        record_property("base_mean", f"{base_noise:.2g}")
+        assert noise <= rule["quantization_noise"] * base_noise
+        return
     expected = expected_answer(row, made).logprobs
     difference = distance(served(row).logprobs, expected)
     record_property("mean", f"{difference.mean():.2g}")
