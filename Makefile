@@ -39,8 +39,8 @@ export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env env-compress env-serve demo test unit core integration support-table lint typecheck \
-	format bench build clean
+.PHONY: help env env-compress env-serve demo test unit core integration support-table \
+	lint typecheck format bench build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
