@@ -53,7 +53,17 @@ def test_layers_are_linear(row: Row, made: Materials, served: Serve) -> None:
     assert answer.architecture.startswith("NBL")
     if answer.linears is not None:
         names = sorted(name.split(".layers.")[1] for name in answer.linears)
-        assert names == sorted(f"{layer}.self_attn" for layer in layers)
+        assert names == linear_modules(directory)
+
+
+def linear_modules(directory: Path) -> list[str]:
+    """Return what linear layers took the place of, by name inside the layer list."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return sorted(
+        index if entry["kind"] == "block" else f"{index}.self_attn"
+        for index, entry in config["nbl_config"]["layers"].items()
+        if entry["method"] == "linear"
+    )
 
 
 @pytest.mark.parametrize("row", rows("greedy_tokens"))
@@ -235,6 +245,11 @@ def assert_capacity(
         for stage in range(row.pipeline_parallel)
     )
     times = row.expect["kv_cache"] * row.tensor_parallel * num_layers
+    assert_holds(answer, base_answer, times, busiest)
+
+
+def assert_holds(answer: Served, base_answer: Served, times: int, busiest: int) -> None:
+    """Check that ``times / busiest`` times the base model's tokens fit."""
     blocks, base_blocks = (
         each.kv_cache_tokens // each.block_size for each in (answer, base_answer)
     )
@@ -272,14 +287,35 @@ def test_linears_are_quantized(row: Row, made: Materials, served: Serve) -> None
     assert set(linears.values()) == {"CompressedTensorsLinearMethod"}
     ((tensor, dtype),) = row.expect["quantized"].items()
     for name in linears:
-        weights = {
-            key.rpartition(".")[2]: value
-            for key, value in saved.items()
-            if key.startswith(f"{name}.linear.weight")
-        }
-        assert weights.pop(tensor) == getattr(torch, dtype)
-        assert "weight_scale" in weights
-        assert "weight" not in weights
+        found: dict[str, dict[str, torch.dtype]] = {}
+        for key, value in saved.items():
+            module, _, kind = key.rpartition(".")
+            if module.startswith(f"{name}.linear") and kind != "bias":
+                found.setdefault(module, {})[kind] = value
+        assert len(found) in (1, 2)  # two factors, if it is of low rank
+        for weights in found.values():
+            assert weights.pop(tensor) == getattr(torch, dtype)
+            assert "weight_scale" in weights
+            assert "weight" not in weights
+
+
+def test_dropped_blocks_need_no_plugin(
+    made: Materials, engine: Engine, base: Serve
+) -> None:
+    """A model that is only shorter is one that any vLLM serves."""
+    fields = {"num_layers": 4, "kind": "block", "method": "drop", "criterion": "cosine"}
+    recipe = {"default_stage": {"default_modifiers": {"NBLModifier": fields}}}
+    row = Row("shorter", recipe, 4, "float32", {})
+    directory = made.checkpoint(row.recipe_text)
+    answer = engine(
+        directory, engine={"dtype": row.dtype}, environment={"VLLM_PLUGINS": ""}
+    )
+    assert answer.architecture == "LlamaForCausalLM"
+    expected = expected_answer(row, made)
+    assert answer.tokens == expected.tokens
+    # float32 sums in another order
+    assert distance(answer.logprobs, expected.logprobs).max() <= 1e-4
+    assert_holds(answer, base(row), 16, 12)
 
 
 @pytest.mark.parametrize("row", rows("lora_effect"))
