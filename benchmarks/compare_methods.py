@@ -4,9 +4,10 @@ The paper's comparison: every method on the same model, text and number of layer
 
 Every row but SliceGPT's is a recipe, run through oneshot(), saved and loaded again; the
 checkpoint is what is measured. Perplexity has one standard error, and so has its ratio
-to the base model's, over windows compared in pairs::
+to the base model's, over windows compared in pairs. ``--tasks`` adds ``nbl evaluate``'s
+offline suite::
 
-    python benchmarks/compare_methods.py --m 2,4,6,8
+    python benchmarks/compare_methods.py --m 2,4,6,8 --tasks
 
 SliceGPT keeps the KV cache whatever it cuts, so it is given the parameters of
 "NBL (best)" at each m, or as many as it takes.
@@ -34,7 +35,12 @@ import nbl_modifier.hf
 from nbl_modifier import NBLModifier
 from nbl_modifier.cli.logs import show_ours_and_warnings
 from nbl_modifier.data import pack, stdlib_texts
-from nbl_modifier.evaluation import PerplexityResult, perplexity
+from nbl_modifier.evaluation import (
+    PerplexityResult,
+    evaluate_model,
+    load_tasks,
+    perplexity,
+)
 from nbl_modifier.hf.configuration_nbl import NBLConfigMixin
 from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
 
@@ -72,7 +78,7 @@ class Row:
     :param ratio_error: its standard error, windows compared in pairs
     :param num_parameters: weights of the model, tied ones once
     :param kv_cache: layers with a KV cache over those of the base model
-    :param tasks: what ``nbl evaluate`` measured, if it was asked to
+    :param tasks: score and its standard error by lm-eval task, if asked for
     """
 
     method: str
@@ -84,7 +90,7 @@ class Row:
     ratio_error: float
     num_parameters: int
     kv_cache: float
-    tasks: dict[str, Any] | None = None
+    tasks: dict[str, tuple[float, float | None]]
 
 
 class Comparison:
@@ -101,6 +107,7 @@ class Comparison:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(args.model)
         self._calibration = self._windows("calibration", args.num_samples)
         self._heldout = self._windows("heldout", args.heldout_samples)
+        self._tasks = load_tasks("offline") if args.tasks else []
         model = load(args.model)
         self._num_layers = layers_with_cache(model.config)
         self._base = self._perplexity(model)
@@ -124,12 +131,16 @@ class Comparison:
     def _compressed(self, method: str, fields: dict[str, Any], m: int) -> Row:
         name = "-".join("".join(c if c.isalnum() else " " for c in method).split())
         directory = self._folder / f"{name}-{m}"
+        modifier = NBLModifier(num_layers=m, **fields)
+        # Taken once for all methods that measure the same.
+        measured = f"statistics-{modifier.kind}-{modifier.input}"
+        modifier.save_statistics = str(self._folder / measured)
         torch.manual_seed(self._args.seed)
         oneshot(
             model=load(self._args.model),
             processor=self._tokenizer,
             dataset=self._calibration,
-            recipe=NBLModifier(num_layers=m, **fields),
+            recipe=modifier,
             output_dir=str(directory),
             num_calibration_samples=len(self._calibration),
             shuffle_calibration_samples=False,
@@ -160,7 +171,19 @@ class Comparison:
             ratio_error=error,
             num_parameters=sum(weight.numel() for weight in model.parameters()),
             kv_cache=layers_with_cache(model.config) / self._num_layers,
+            tasks=self._scores(model),
         )
+
+    def _scores(self, model: PreTrainedModel) -> dict[str, tuple[float, float | None]]:
+        if not self._tasks:
+            return {}
+        scores = evaluate_model(
+            model, self._tokenizer, self._tasks, batch_size=self._args.batch_size
+        )
+        return {
+            f"{name} {task.metric}": (task.score.value, task.score.stderr)
+            for name, task in scores.items()
+        }
 
     def _perplexity(self, model: PreTrainedModel) -> PerplexityResult:
         return perplexity(model, self._heldout, self._args.batch_size)
@@ -196,11 +219,14 @@ def recovered(row: Row, rows: Sequence[Row]) -> float | None:
 
 def table(rows: Sequence[Row]) -> str:
     """Return the rows in Markdown."""
-    lines = [
-        "| m | method | perplexity | times base | of NBL (paper)'s loss recovered | "
-        "parameters | KV cache | layers |",
-        "|---:|---|---:|---:|---:|---:|---:|---|",
-    ]
+    tasks = list(rows[0].tasks)
+    header = (
+        ("m", "method", "perplexity", "times base", "of NBL (paper)'s loss recovered")
+        + tuple(tasks)
+        + ("parameters", "KV cache", "layers")
+    )
+    rule = ("---:", "---") + ("---:",) * (len(header) - 3) + ("---",)
+    lines = [f"| {' | '.join(header)} |", f"|{'|'.join(rule)}|"]
     for row in rows:
         share = recovered(row, rows)
         cells = (
@@ -209,12 +235,18 @@ def table(rows: Sequence[Row]) -> str:
             f"{row.perplexity:.2f} ± {row.perplexity_error:.2f}",
             f"{row.ratio:.4f} ± {row.ratio_error:.4f}",
             "" if share is None else f"{share:.0%}",
+            *(with_error(*row.tasks[task]) for task in tasks),
             f"{row.num_parameters:,}",
             f"{row.kv_cache:.1%}",
             " ".join(map(str, row.layers)),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def with_error(value: float, error: float | None) -> str:
+    """Return a score and its standard error, where there is one."""
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -239,8 +271,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--output", type=Path, help="folder for checkpoints, table.md and rows.json"
+        "--tasks", action="store_true", help="nbl evaluate's offline suite, too"
     )
+    parser.add_argument("--output", type=Path, help="folder for table.md and rows.json")
     return parser.parse_args()
 
 
@@ -251,12 +284,13 @@ def main() -> int:
     nbl_modifier.hf.register()
     with tempfile.TemporaryDirectory() as temporary:
         rows = []
-        for row in Comparison(args, args.output or Path(temporary)).rows():
+        for row in Comparison(args, Path(temporary)).rows():
             rows.append(row)
             figures = f"{row.perplexity:.3f}, {row.ratio:.4f} +- {row.ratio_error:.4f}"
             print(f"m = {row.m}, {row.method}: {figures} times base", flush=True)
     print(f"\n{table(rows)}")
     if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "table.md").write_text(table(rows) + "\n", encoding="utf-8")
         content = [asdict(row) | {"recovered": recovered(row, rows)} for row in rows]
         (args.output / "rows.json").write_text(json.dumps(content, indent=2) + "\n")

@@ -275,6 +275,7 @@ def test_shorter_checkpoint_is_a_stock_one(
     assert config["model_type"] == "llama"
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["num_hidden_layers"] == 2
+    assert config["nbl_dropped_blocks"] == [0, 2]
     assert not config.keys() & {"nbl_config", "auto_map"}
     assert not list(out.glob("*.py"))
     expected = load(folder).eval()
@@ -284,6 +285,15 @@ def test_shorter_checkpoint_is_a_stock_one(
     expected.config.num_hidden_layers = 2
     loaded: Any = AutoModelForCausalLM.from_pretrained(out)
     assert torch.equal(logits_of(loaded), logits_of(expected))
+    # It may be written over, and be the start of another run.
+    run(folder, rows, out=out, kind="block", method="drop", layers=[1])
+    config = json.loads((out / "config.json").read_text())
+    assert config["nbl_dropped_blocks"] == [1]
+    again = tmp_path / "again"
+    run(out, rows, out=again, kind="block", method="drop", layers=[1])
+    config = json.loads((again / "config.json").read_text())
+    assert config["nbl_dropped_blocks"] == [1, 2]
+    assert config["num_hidden_layers"] == 2
 
 
 def test_hybrid_model_keeps_the_kinds_of_its_layers(

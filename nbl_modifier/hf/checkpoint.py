@@ -26,7 +26,12 @@ from .configuration_nbl import (
     nbl_config_block,
 )
 from .modeling_nbl import model_class
-from .shortening import keep_layer_fields, remove_dropped_blocks, renumbered
+from .shortening import (
+    DROPPED_BLOCKS,
+    keep_layer_fields,
+    remove_dropped_blocks,
+    renumbered,
+)
 
 __all__ = ["check_output_directory", "convert_in_place", "publish_on_save"]
 
@@ -82,7 +87,8 @@ def check_output_directory(
     """
     Refuse a directory that cannot be written or holds another model.
 
-    An earlier checkpoint of the same linearized family may be written over.
+    An earlier checkpoint of the same family may be written over, linearized or with
+    blocks dropped.
 
     :param directory: where a checkpoint is to be written; need not exist
     :param architecture: the family of the model to be written
@@ -106,10 +112,12 @@ def check_output_directory(
     has_weights = any(any(path.glob(pattern)) for pattern in _WEIGHTS)
     if not has_config and (not has_weights or (path / _STAGING).is_dir()):
         return
-    found = None
+    config: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads((path / CONFIG_NAME).read_text())["model_type"]
-    if found != architecture.nbl_model_type:
+        config = json.loads((path / CONFIG_NAME).read_text())
+    found = config.get("model_type")
+    shortened = found == architecture.model_type and DROPPED_BLOCKS in config
+    if found != architecture.nbl_model_type and not shortened:
         raise FileExistsError(
             f"output directory {path} holds another model (model_type {found!r}; this "
             f"one is {architecture.nbl_model_type!r}). Choose another directory, or "

@@ -18,7 +18,16 @@ from nbl_modifier.architectures import Architecture
 from .configuration_nbl import LinearizedLayer
 from .modeling_nbl import LinearizedBlock, decoder_layers
 
-__all__ = ["keep_layer_fields", "remove_dropped_blocks", "renumbered"]
+__all__ = [
+    "DROPPED_BLOCKS",
+    "keep_layer_fields",
+    "remove_dropped_blocks",
+    "renumbered",
+]
+
+#: In ``config.json`` of a shortened model: which blocks of the base model are gone.
+#: For readers' information; what loads the model does not look at it.
+DROPPED_BLOCKS = "nbl_dropped_blocks"
 
 # What a configuration says about its layers, one by one or by number.
 _LAYER_FIELDS = (
@@ -27,6 +36,7 @@ _LAYER_FIELDS = (
     "max_window_layers",
     "mlp_only_layers",
     "decoder_sparse_step",
+    DROPPED_BLOCKS,
 )
 
 
@@ -95,6 +105,14 @@ def _passes_on(layer: nn.Module) -> bool:
 
 def _shorten_config(config: Any, kept: list[int]) -> None:
     """Leave in ``config`` the layers ``kept``, in place, and number them anew."""
+    gone = getattr(config, DROPPED_BLOCKS, [])
+    in_base = [
+        index
+        for index in range(config.num_hidden_layers + len(gone))
+        if index not in gone
+    ]
+    dropped = set(range(len(in_base))).difference(kept)
+    setattr(config, DROPPED_BLOCKS, sorted([*gone, *(in_base[i] for i in dropped)]))
     config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [config.layer_types[index] for index in kept]
