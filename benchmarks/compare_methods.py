@@ -60,7 +60,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "W_oW_v": {"estimator": "wo_wv", "input": "normalized"},
     PAPER: {},
     BEST: {"preset": "best"},
+    # As many weights as full rank, in two layers; and half as many.
     "NBL (best, half rank)": {"preset": "best", "rank": 0.5},
+    "NBL (best, quarter rank)": {"preset": "best", "rank": 0.25},
 }
 
 

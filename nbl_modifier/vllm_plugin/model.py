@@ -309,6 +309,7 @@ class LinearizedMixin:
                 )
             replace = _replace_in_transformers if self.in_transformers else _replace
             replace(layers, architecture, index, spec, linear, vllm_config)
+        _let_go_of_experts(self)  # type: ignore[arg-type]
         logger.info_once(
             "%s: %d of %d layers have no attention and no KV cache: %s",
             type(self).__name__,
@@ -317,6 +318,17 @@ class LinearizedMixin:
             ", ".join(map(str, linearized)) or "none",
             scope="global",
         )
+
+
+def _let_go_of_experts(model: nn.Module) -> None:
+    """
+    Drop the experts of replaced blocks from the list that vLLM's models keep beside
+    their modules, which would hold their memory.
+    """
+    experts: list[nn.Module] | None = getattr(model, "moe_layers", None)
+    if experts is not None:
+        present = {id(module) for module in model.modules()}
+        experts[:] = [module for module in experts if id(module) in present]
 
 
 def _replace(
