@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,11 +96,17 @@ def print_results(
         print(f"KV cache per token: {report.kv_cache_fraction:.1%} of the base model's")
         print(f"report: {output}/nbl_report.json, model card: {output}/README.md")
         write_plot(report, output)
-    needs = "vLLM and nbl-modifier are" if has_nbl else "vLLM is"
+    needs = "vLLM and nbl-modifier are" if _needs_package(output) else "vLLM is"
     print(f"\nserve it, where {needs} installed:")
     print(f"  vllm serve {output}")
     print("or try it there:")
     print(f"  nbl generate {model} {output} --prompt 'Hello'")
+
+
+def _needs_package(output: str) -> bool:
+    """Whether there are linearized layers; a model that is only shorter has none."""
+    config = json.loads((Path(output) / "config.json").read_text(encoding="utf-8"))
+    return "nbl_config" in config
 
 
 def perplexity_table(figures: dict[str, PerplexityResult]) -> str:

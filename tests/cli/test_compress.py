@@ -281,3 +281,25 @@ def test_report_numbers_are_finite(gptq_run: Run) -> None:
         for name in ("nmse", "residual_nmse", "cca_bound", "seconds"):
             assert math.isfinite(layer[name])
             assert layer[name] >= 0
+
+
+def test_shorter_model_needs_no_package(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = "{num_layers: 2, kind: block, method: drop, criterion: cosine}"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"default_stage: {{default_modifiers: {{NBLModifier: {fields}}}}}\n"
+    )
+    made = compress(tmp_path, str(recipe), capsys)
+    assert "2 of 16 blocks dropped" in made.printed
+    assert "serve it, where vLLM is installed" in made.printed
+    assert (
+        "nbl-modifier"
+        not in (made.output / "README.md")
+        .read_text()
+        .partition("## Made with")[0]
+        .partition("## Load")[2]
+    )
+    again = ["compress", MODEL, "--recipe", str(recipe), *SMALL]
+    assert main([*again, "--output", str(made.output), "--overwrite"]) == 0
