@@ -90,7 +90,7 @@ class Setting:
 
 
 PAPER = Setting()
-BEST = Setting("kl", "greedy", refit=True, input="normalized")
+BEST = Setting("loss", "greedy", refit=True, input="normalized")
 NAMED = {
     "paper": PAPER,
     "preset best": BEST,

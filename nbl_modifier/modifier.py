@@ -57,7 +57,12 @@ __all__ = ["NBLModifier"]
 
 # Fields that a preset sets; how they were found is in docs/selection.md.
 _PRESETS: dict[str | None, dict[str, Any]] = {
-    "best": {"criterion": "kl", "refit": True, "input": "normalized"},
+    "best": {
+        "criterion": "loss",
+        "selection": "greedy",
+        "refit": True,
+        "input": "normalized",
+    },
 }
 
 
