@@ -34,12 +34,20 @@ def linearized_layers(directory: Path) -> list[int]:
     return sorted(map(int, config["nbl_config"]["layers"]))
 
 
-def expected_answer(row: Row, made: Materials) -> Reference:
-    """Return transformers' answer to a row, with any adapter merged."""
+def in_transformers(row: Row, made: Materials) -> Path:
+    """Return the checkpoint of a row for transformers, with any adapter merged."""
     directory = made.checkpoint(row.recipe_text, row.model)
-    if row.lora:
-        directory = made.merged(directory)
-    return reference(directory, row.dtype, row.model)
+    return made.merged(directory) if row.lora else directory
+
+
+def expected_answer(row: Row, made: Materials) -> Reference:
+    """Return transformers' answer to a row."""
+    return reference(in_transformers(row, made), row.dtype, row.model)
+
+
+def expected_logprobs(row: Row, made: Materials) -> torch.Tensor:
+    """Return only its log-probabilities of the prompts' tokens."""
+    return prompt_logprobs(in_transformers(row, made), row.dtype, row.model)
 
 
 @pytest.mark.parametrize("row", rows("linears"))
@@ -168,7 +176,7 @@ def test_logprobs(
         record_property("base_mean", f"{base_noise:.2g}")
         assert noise <= rule["quantization_noise"] * base_noise
         return
-    expected = expected_answer(row, made).logprobs
+    expected = expected_logprobs(row, made)
     difference = distance(served(row).logprobs, expected)
     record_property("mean", f"{difference.mean():.2g}")
     record_property("max", f"{difference.max():.2g}")
@@ -323,7 +331,7 @@ def test_adapter_matters(row: Row, made: Materials) -> None:
     """An adapter that vLLM ignored would be noticed: ``lora_effect`` nat on average."""
     directory = made.checkpoint(row.recipe_text, row.model)
     without = prompt_logprobs(directory, row.dtype, row.model)
-    effect = distance(expected_answer(row, made).logprobs, without)
+    effect = distance(expected_logprobs(row, made), without)
     assert effect.mean() >= row.expect["lora_effect"]
 
 
