@@ -7,6 +7,8 @@ DEMO_DIR ?= demo_output
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 # Tests that run; MARKERS= runs all of them.
 MARKERS ?= not slow
+# Processes of `make integration`, two cores and 4 GiB each.
+WORKERS ?= 1
 PYTEST_ARGS ?=
 
 COMPRESS := $(abspath $(VENV_ROOT)/compress)
@@ -62,8 +64,9 @@ core: env  ## Tests against real vLLM: a few of each kind
 	NBL_SERVE_PYTHON=$(SERVE_PY) \
 	$(COMPRESS_PY) -m pytest integration_tests -m "$(MARKERS)" $(PYTEST_ARGS)
 
-integration: env  ## Tests against real vLLM: all, about an hour
+integration: env  ## Tests against real vLLM: all, about an hour with WORKERS=1
 	NBL_SERVE_PYTHON=$(SERVE_PY) $(COMPRESS_PY) -m pytest integration_tests \
+		-n $(WORKERS) --dist loadgroup \
 		--results integration_tests/results.json $(PYTEST_ARGS)
 
 support-table: env-compress  ## Put the last full run's results into README.md

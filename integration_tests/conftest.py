@@ -35,6 +35,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Recorder(path))
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a model in one process: what they share is made once."""
+    for item in items:
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        row = (parameters or {}).get("row")
+        model = row.model if isinstance(row, Row) else DEMO_MODEL
+        item.add_marker(pytest.mark.xdist_group(model))
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder for models, checkpoints, logs and vLLM's cache."""

@@ -30,7 +30,7 @@ print(json.dumps({name: version(name) for name in sys.argv[1:]}))
 
 class Recorder:
     """
-    Plugin of pytest that collects the outcome of each cell.
+    Plugin of pytest that collects the outcome of each cell, of all its processes.
 
     A cell is ``passed`` if all of its tests are, ``unsupported`` if they are and show
     that vLLM refuses the base model as well, ``failed`` otherwise.
@@ -41,24 +41,35 @@ class Recorder:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._cells: dict[tuple[str, str], set[str]] = {}
+        self._tests = {"passed": 0, "failed": 0, "skipped": 0}
         self._message = ""
         self._start = time.monotonic()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: Any, call: Any) -> Any:
-        """Note the outcome of a test that a row gave rise to."""
+        """Note the cell in the report, which pytest-xdist hands on."""
         report = yield
         row = getattr(item, "callspec", None) and item.callspec.params.get("row")
-        # Of setup and teardown only failures count.
-        counts = report.when == "call" or not report.passed
-        if counts and isinstance(row, Row) and row.cell is not None:
-            passed = "passed" if row.unsupported is None else "unsupported"
-            result = passed if report.passed else "failed"
-            self._cells.setdefault(row.cell, set()).add(result)
+        if isinstance(row, Row) and row.cell is not None:
+            report.cell = [*row.cell, row.unsupported is None]
         return report
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Note the outcome of a test."""
+        # Of setup and teardown only failures count.
+        if report.when != "call" and report.passed:
+            return
+        self._tests[report.outcome] += 1
+        if hasattr(report, "cell"):
+            family, feature, supported = report.cell
+            passed = "passed" if supported else "unsupported"
+            result = passed if report.passed else "failed"
+            self._cells.setdefault((family, feature), set()).add(result)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the results, unless only some of the tests were run."""
+        if hasattr(session.config, "workerinput"):  # a process of pytest-xdist
+            return
         cells = {
             family: {
                 feature: outcome(self._cells.get((family, feature), set()))
@@ -78,8 +89,8 @@ class Recorder:
         content = {
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "minutes": round((time.monotonic() - self._start) / 60),
-            "tests": session.testscollected - session.testsfailed,
-            "failures": session.testsfailed,
+            "tests": self._tests["passed"],
+            "failures": self._tests["failed"],
             "versions": versions(),
             "cells": cells,
         }
