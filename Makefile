@@ -65,9 +65,10 @@ core: env  ## Tests against real vLLM: a few of each kind
 	$(COMPRESS_PY) -m pytest integration_tests -m "$(MARKERS)" $(PYTEST_ARGS)
 
 integration: env  ## Tests against real vLLM: all, about an hour with WORKERS=1
-	NBL_SERVE_PYTHON=$(SERVE_PY) $(COMPRESS_PY) -m pytest integration_tests \
-		-n $(WORKERS) --dist loadgroup \
-		--results integration_tests/results.json $(PYTEST_ARGS)
+	rm -rf integration_tests/results
+	seq $(WORKERS) | NBL_SERVE_PYTHON=$(SERVE_PY) xargs -P $(WORKERS) -I{} \
+		$(COMPRESS_PY) -m pytest integration_tests --part {}/$(WORKERS) \
+		--results integration_tests/results $(PYTEST_ARGS)
 
 support-table: env-compress  ## Put the last full run's results into README.md
 	$(COMPRESS_PY) -m integration_tests.support_table

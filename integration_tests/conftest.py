@@ -19,12 +19,18 @@ from integration_tests.rows import DEMO_MODEL, Row
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--results``."""
+    """Add ``--results`` and ``--part``."""
     parser.addoption(
         "--results",
         type=Path,
-        metavar="FILE",
-        help="write the outcome of every cell of the support table",
+        metavar="FOLDER",
+        help="write the outcome of every cell of the support table that was run",
+    )
+    parser.addoption(
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="run the I-th of N parts of the tests, for N processes side by side",
     )
 
 
@@ -32,17 +38,31 @@ def pytest_configure(config: pytest.Config) -> None:
     """Collect results if they are wanted."""
     path = config.getoption("--results")
     if path is not None:
-        config.pluginmanager.register(Recorder(path))
+        part = config.getoption("--part").replace("/", "_of_")
+        config.pluginmanager.register(Recorder(path / f"part_{part}.json"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a model in one process: what they share is made once."""
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """
+    Keep this process's part of the tests, if there are others.
+
+    Tests of one model stay together, since what they share is made once; the largest
+    groups are dealt out first, each to the process that has the least so far.
+    """
+    part, of = map(int, config.getoption("--part").split("/"))
+    groups: dict[str, list[pytest.Item]] = {}
     for item in items:
-        parameters = getattr(item, "callspec", None) and item.callspec.params
-        row = (parameters or {}).get("row")
+        row = item.callspec.params.get("row") if hasattr(item, "callspec") else None
         model = row.model if isinstance(row, Row) else DEMO_MODEL
-        item.add_marker(pytest.mark.xdist_group(model))
+        groups.setdefault(model, []).append(item)
+    parts: list[list[pytest.Item]] = [[] for _ in range(of)]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        min(parts, key=len).extend(group)
+    mine = set(parts[part - 1])
+    config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+    items[:] = [item for item in items if item in mine]
 
 
 @pytest.fixture(scope="session")

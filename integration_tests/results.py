@@ -1,7 +1,7 @@
 """
 Outcomes of the rows that are cells of the support table, with what they ran on.
 
-``pytest integration_tests --results FILE`` writes them, if every cell was run.
+``pytest integration_tests --results FOLDER`` writes them, ``--part I/N`` its part.
 """
 
 import json
@@ -30,7 +30,7 @@ print(json.dumps({name: version(name) for name in sys.argv[1:]}))
 
 class Recorder:
     """
-    Plugin of pytest that collects the outcome of each cell, of all its processes.
+    Plugin of pytest that collects the outcome of each cell.
 
     A cell is ``passed`` if all of its tests are, ``unsupported`` if they are and show
     that vLLM refuses the base model as well, ``failed`` otherwise.
@@ -42,50 +42,27 @@ class Recorder:
         self._path = path
         self._cells: dict[tuple[str, str], set[str]] = {}
         self._tests = {"passed": 0, "failed": 0, "skipped": 0}
-        self._message = ""
         self._start = time.monotonic()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: Any, call: Any) -> Any:
-        """Note the cell in the report, which pytest-xdist hands on."""
+        """Note the outcome of a test."""
         report = yield
-        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
-        if isinstance(row, Row) and row.cell is not None:
-            report.cell = [*row.cell, row.unsupported is None]
+        # Of setup and teardown only failures count.
+        if report.when == "call" or not report.passed:
+            self._tests[report.outcome] += 1
+            row = getattr(item, "callspec", None) and item.callspec.params.get("row")
+            if isinstance(row, Row) and row.cell is not None:
+                passed = "passed" if row.unsupported is None else "unsupported"
+                result = passed if report.passed else "failed"
+                self._cells.setdefault(row.cell, set()).add(result)
         return report
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        """Note the outcome of a test."""
-        # Of setup and teardown only failures count.
-        if report.when != "call" and report.passed:
-            return
-        self._tests[report.outcome] += 1
-        if hasattr(report, "cell"):
-            family, feature, supported = report.cell
-            passed = "passed" if supported else "unsupported"
-            result = passed if report.passed else "failed"
-            self._cells.setdefault((family, feature), set()).add(result)
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write the results, unless only some of the tests were run."""
-        if hasattr(session.config, "workerinput"):  # a process of pytest-xdist
-            return
-        cells = {
-            family: {
-                feature: outcome(self._cells.get((family, feature), set()))
-                for feature in features()
-            }
-            for family in families()
-        }
-        missing = [
-            f"{family}-{feature}"
-            for family, row in cells.items()
-            for feature, result in row.items()
-            if result == "not run"
-        ]
-        if missing:
-            self._message = f"{self._path} not written, not run: {', '.join(missing)}"
-            return
+    def pytest_sessionfinish(self) -> None:
+        """Write the results."""
+        cells: dict[str, dict[str, str]] = {}
+        for (family, feature), of_tests in self._cells.items():
+            cells.setdefault(family, {})[feature] = outcome(of_tests)
         content = {
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "minutes": round((time.monotonic() - self._start) / 60),
@@ -94,22 +71,48 @@ class Recorder:
             "versions": versions(),
             "cells": cells,
         }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(content, indent=2) + "\n"
         self._path.write_text(text, encoding="utf-8")
-        self._message = f"{self._path} written"
-
-    def pytest_terminal_summary(
-        self, terminalreporter: pytest.TerminalReporter
-    ) -> None:
-        """Say whether the results were written."""
-        terminalreporter.write_line(self._message)
 
 
 def outcome(of_tests: set[str]) -> str:
     """Return the outcome of a cell, given those of its tests."""
-    if not of_tests:
-        return "not run"
     return "failed" if len(of_tests) > 1 else next(iter(of_tests))
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """
+    Return the results of a full run, put together from those of its parts.
+
+    :param folder: what ``--results`` wrote
+    :raises ValueError: if a cell was not run, or the parts are of different code
+    """
+    parts = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("part_*.json"))
+    ]
+    ran = {json.dumps(part["versions"], sort_keys=True) for part in parts}
+    if len(ran) != 1:
+        raise ValueError(f"{folder}: the parts are of {len(ran)} versions, not of one.")
+    cells = {name: row for part in parts for name, row in part["cells"].items()}
+    missing = [
+        f"{family}-{feature}"
+        for family in families()
+        for feature in features()
+        if feature not in cells.get(family, {})
+    ]
+    if missing:
+        raise ValueError(f"{folder}: not run: {', '.join(missing)}.")
+    return {
+        "date": max(part["date"] for part in parts),
+        "minutes": max(part["minutes"] for part in parts),
+        "processes": len(parts),
+        "tests": sum(part["tests"] for part in parts),
+        "failures": sum(part["failures"] for part in parts),
+        "versions": parts[0]["versions"],
+        "cells": cells,
+    }
 
 
 def versions() -> dict[str, Any]:

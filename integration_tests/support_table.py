@@ -6,13 +6,13 @@ Writes the support table into README.md, from the results of the last full run.
 No cell is filled by hand: ``tests/test_support_table.py`` fails if README.md differs.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from integration_tests.results import read_results
 from integration_tests.rows import ROOT, Row, families, features, rows
 
-RESULTS = Path(__file__).with_name("results.json")
+RESULTS = Path(__file__).with_name("results")
 README = ROOT / "README.md"
 BEGIN = "<!-- support table: python -m integration_tests.support_table -->"
 END = "<!-- end of support table -->"
@@ -23,7 +23,7 @@ def render(results: dict[str, Any]) -> str:
     """
     Return the table in markdown, with what it was measured on.
 
-    :param results: content of ``results.json``
+    :param results: see :func:`read_results`
     """
     headings = features()
     lines = [
@@ -45,7 +45,8 @@ def render(results: dict[str, Any]) -> str:
             *_reasons(results["cells"]),
             "",
             f"`make integration` on {results['date']}: {results['tests']} tests passed "
-            f"and {results['failures']} failed in {results['minutes']} minutes; "
+            f"and {results['failures']} failed in {results['minutes']} minutes, "
+            f"{results['processes']} processes side by side; "
             f"commit {ran['commit']}, Python {ran['python']}.",
             f"Compressed with {compress}; served with {serve}.",
         ]
@@ -80,7 +81,7 @@ def replaced(readme: str, table: str) -> str:
 
 def main() -> None:
     """Write the table into README.md."""
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    results = read_results(RESULTS)
     text = README.read_text(encoding="utf-8")
     README.write_text(replaced(text, render(results)), encoding="utf-8")
 
