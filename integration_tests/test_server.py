@@ -2,7 +2,7 @@
 ``vllm serve`` on the loopback interface, driven by the openai client.
 
 The load is bounded in count and time: ``CORE_REQUESTS`` in ``make test``, and
-``FULL_REQUESTS`` in ``make integration``, which is ten minutes of work for two cores.
+``FULL_REQUESTS`` in ``make integration``, ten minutes of work for both servers together.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ CLIENT = Path(__file__).with_name("openai_client.py")
 RECIPE = "default_stage: {default_modifiers: {NBLModifier: {num_layers: 6}}}"
 NUM_LAYERS, NUM_LINEARIZED = 16, 6
 CONCURRENCY = 64
-CORE_REQUESTS, FULL_REQUESTS = 128, 4_000
+CORE_REQUESTS, FULL_REQUESTS = 128, 10_000
 EAGER = ("--enforce-eager", "--dtype=float32")
 START_SECONDS = 240
 FULL_SECONDS = 1_800
@@ -97,7 +97,7 @@ def serving(directory: Path, folder: Path, *arguments: str) -> Iterator[Server]:
         *(str(Path(serve_python()).with_name("vllm")), "serve", str(directory)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--served-model-name", DEMO_MODEL, "--chat-template", str(template)),
-        *("--max-model-len", "1024", "--max-num-seqs", str(CONCURRENCY)),
+        *("--max-model-len", "2048", "--max-num-seqs", str(CONCURRENCY)),
         *arguments,
     ]
     with log.open("wb") as output:

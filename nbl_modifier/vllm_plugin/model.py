@@ -139,11 +139,14 @@ class LinearizedAttention(nn.Module):
     Affine map in place of an attention layer, without a KV cache.
 
     :param linear: the map
+    :param num_summands: how many processes' outputs the decoder layer adds up: in a
+        parallel block attention and MLP leave that to the layer, which does it once
     """
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, num_summands: int = 1) -> None:
         super().__init__()
         self.linear = linear
+        self.num_summands = num_summands
 
     def forward(
         self,
@@ -152,14 +155,14 @@ class LinearizedAttention(nn.Module):
         **_: Any,
     ) -> torch.Tensor:
         """
-        Return the map of every token.
+        Return the map of every token, or this process's equal share of it.
 
         :param positions: not used, a linear layer has none
         :param hidden_states: ``[num_tokens, hidden_size]``
         :return: ``[num_tokens, hidden_size]``
         """
         output, _bias = self.linear(hidden_states)
-        return output
+        return output if self.num_summands == 1 else output / self.num_summands
 
 
 class DroppedAttention(nn.Module):
@@ -352,7 +355,10 @@ def _replace(
             _forget(layer, vllm_config)
         layers[index] = LinearizedBlock(linear, architecture.vllm_stream)
         return
-    replacement = DroppedAttention() if linear is None else LinearizedAttention(linear)
+    summands = get_tensor_model_parallel_world_size() if architecture.parallel else 1
+    replacement = (
+        DroppedAttention() if linear is None else LinearizedAttention(linear, summands)
+    )
     setattr(layer, architecture.attention, replacement)
     for name in architecture.folded_norms(spec.input):
         setattr(layer, name, ResidualAdd())
