@@ -2,7 +2,7 @@
 ``vllm serve`` on the loopback interface, driven by the openai client.
 
 The load is bounded in count and time: ``CORE_REQUESTS`` in ``make test``, and
-``FULL_REQUESTS`` in ``make integration``, ten minutes of work for both servers together.
+``FULL_REQUESTS`` in ``make integration``, minutes of work for each of two servers.
 """
 
 import contextlib
