@@ -1,0 +1,53 @@
+"""The support table is put together from the parts of one full run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration_tests.results import outcome, read_results
+from integration_tests.rows import families, features
+from integration_tests.support_table import BEGIN, END, replaced
+
+
+def test_markers_must_be_there() -> None:
+    with pytest.raises(ValueError, match="README.md lacks the lines"):
+        replaced("no table here", "table")
+    assert replaced(f"a\n{BEGIN}\nold\n{END}\nb", "new").splitlines() == [
+        "a", BEGIN, "", "new", "", END, "b",
+    ]  # fmt: skip
+
+
+def test_one_failure_makes_a_cell_fail() -> None:
+    assert outcome({"passed"}) == "passed"
+    assert outcome({"unsupported"}) == "unsupported"
+    assert outcome({"failed"}) == "failed"
+    assert outcome({"passed", "failed"}) == "failed"
+
+
+def write_parts(folder: Path, *cells: dict[str, Any]) -> None:
+    """Write what as many processes of a full run would, version after version."""
+    for number, of_part in enumerate(cells):
+        part = {"date": "2026-01-01", "minutes": number, "tests": 2, "failures": 1}
+        content = part | {"versions": {"commit": "abc"}, "cells": of_part}
+        text = json.dumps(content)
+        (folder / f"part_{number}.json").write_text(text, encoding="utf-8")
+
+
+def test_parts_are_put_together(tmp_path: Path) -> None:
+    halves: list[dict[str, Any]] = [{}, {}]
+    for number, family in enumerate(families()):
+        halves[number % 2][family] = dict.fromkeys(features(), "passed")
+    write_parts(tmp_path, *halves)
+    results = read_results(tmp_path)
+    assert (results["tests"], results["failures"], results["minutes"]) == (4, 2, 1)
+    assert results["cells"].keys() == families().keys()
+
+
+def test_a_cell_that_was_not_run_is_an_error(tmp_path: Path) -> None:
+    cells = {family: dict.fromkeys(features(), "passed") for family in families()}
+    del cells["llama"]["tp"]
+    write_parts(tmp_path, cells)
+    with pytest.raises(ValueError, match="not run: llama-tp"):
+        read_results(tmp_path)
