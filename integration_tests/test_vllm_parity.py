@@ -142,21 +142,19 @@ def test_logprobs(
 
     ``max``: an absolute bound.
     ``relative_to_base: unquantized``: vLLM is no farther from transformers than it is
-    with the base model; half as much again in the mean is many of its standard errors
-    (3%, 1,330 tokens), and the maximum, a single token, may be one rounding step of a
-    logit more, 2^-4 for bfloat16 logits of 8 to 16.
+    with the base model, half as much again in the mean (many of its standard errors:
+    3%, 1,330 tokens) and in the 99th percentile. Not in the maximum: it is one token's,
+    and differs more between processors than between models.
     ``relative_to_base: same_scheme``: the same with the base model quantized as the row
     is, because kernels that round activations to 8 bits differ by as much as the
-    rounding itself changes. One token may then differ by any number of steps, so the
-    99th percentile takes the maximum's place.
+    rounding itself changes.
     ``quantization_effect``: the distance is at most this fraction of what quantization
     changes.
     """
     rule: dict[str, Any] = row.expect["logprobs"]
     expected = expected_logprobs(row, made)
     difference = distance(served(row).logprobs, expected)
-    record_property("mean", f"{difference.mean():.2g}")
-    record_property("max", f"{difference.max():.2g}")
+    record_distance(record_property, "", difference)
     if "max" in rule:
         assert difference.max() <= rule["max"]
     if "relative_to_base" in rule:
@@ -170,13 +168,9 @@ def test_logprobs(
         in_base = distance(
             answer.logprobs, prompt_logprobs(directory, row.dtype, row.model)
         )
-        record_property("base_mean", f"{in_base.mean():.2g}")
-        record_property("base_max", f"{in_base.max():.2g}")
+        record_distance(record_property, "base_", in_base)
         assert difference.mean() <= 1.5 * in_base.mean()
-        if rule["relative_to_base"] == "same_scheme":
-            assert difference.quantile(0.99) <= 1.5 * in_base.quantile(0.99)
-        else:
-            assert difference.max() <= 1.5 * in_base.max() + 2**-4
+        assert difference.quantile(0.99) <= 1.5 * in_base.quantile(0.99)
     if "quantization_effect" in rule:
         dense = made.checkpoint(row.nbl_text, row.model)
         quantized = made.checkpoint(row.recipe_text, row.model)
@@ -185,6 +179,13 @@ def test_logprobs(
         effect = distance(unquantized, expected)
         record_property("quantization_effect_mean", f"{effect.mean():.2g}")
         assert difference.mean() <= rule["quantization_effect"] * effect.mean()
+
+
+def record_distance(record: Record, prefix: str, difference: torch.Tensor) -> None:
+    """Keep the mean, the 99th percentile and the maximum of a distance."""
+    record(f"{prefix}mean", f"{difference.mean():.2g}")
+    record(f"{prefix}p99", f"{difference.quantile(0.99):.2g}")
+    record(f"{prefix}max", f"{difference.max():.2g}")
 
 
 def distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
