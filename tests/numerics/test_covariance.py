@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from nbl_modifier.numerics import CovarianceAccumulator, CovarianceStats, NonFiniteError
+from nbl_modifier.numerics import (
+    CovarianceAccumulator,
+    CovarianceStats,
+    NonFiniteError,
+    covariance,
+    gram,
+)
 from nbl_modifier.numerics.gram import add_gram_, mirror_lower_
 from tests.numerics import oracle
 from tests.numerics.cases import EPS, gaussian_pair, one_massive_token, rounding
@@ -100,6 +106,65 @@ def test_low_precision_input_is_exact(dtype: torch.dtype) -> None:
     for rows_x, rows_y in zip(x.split(100), y.split(100), strict=True):
         stats.update(rows_x, rows_y)
     assert_matches_oracle(stats.finalize(), x.double().numpy(), y.double().numpy())
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take products as on a GPU: in bfloat16, added up in float32 piece by piece."""
+    monkeypatch.setattr(covariance, "_TENSOR_CORES", {"cpu"})
+    monkeypatch.setattr(gram, "_CHUNK", 64)
+    monkeypatch.setattr(gram, "_CUDA_PANEL", 10)
+
+
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("track_cov_yy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensor_cores_round_each_value_once(
+    dtype: torch.dtype, track_cov_yy: bool
+) -> None:
+    # Means of up to 30 standard deviations, so that centring comes before rounding.
+    X, Y = gaussian_pair(600, 24, 12)
+    x = torch.from_numpy(X + np.linspace(-30.0, 30.0, 24)).to(dtype)
+    y = torch.from_numpy(Y).to(dtype)
+    accumulator = CovarianceAccumulator(24, 12, track_cov_yy=track_cov_yy)
+    for rows_x, rows_y in zip(x.split(250), y.split(250), strict=True):
+        accumulator.update(rows_x, rows_y)
+    stats = accumulator.finalize()
+    expected = oracle.moments(x.double().numpy(), y.double().numpy())
+    std_x = np.sqrt(np.diag(expected.cov_xx))
+    std_y = np.sqrt(np.diag(expected.cov_yy))
+    # Each factor is off by at most 2^-9 of itself; then Cauchy and Schwarz.
+    bound = 2.0**-8 + 2.0**-18 + 64 * 2.0**-24
+    assert stats.cov_yy is None or track_cov_yy
+    for actual, wanted, scale in (
+        (stats.cov_xx, expected.cov_xx, np.outer(std_x, std_x)),
+        (stats.cov_yx, expected.cov_yx, np.outer(std_y, std_x)),
+        (stats.var_y, np.diag(expected.cov_yy), std_y**2),
+    ):
+        error = np.max(np.abs(actual.numpy() - wanted) / scale)
+        assert 2.0**-24 < error < bound
+    assert np.allclose(stats.mean_x.numpy(), expected.mean_x, rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.usefixtures("tensor_cores")
+def test_tensor_cores_on_exact_numbers() -> None:
+    # Small integers of mean 0, so nothing rounds, wherever the pieces end.
+    half = torch.randint(-8, 9, (100, 33), generator=torch.Generator().manual_seed(0))
+    x = torch.cat([half, -half]).bfloat16()
+    stats = CovarianceAccumulator(33, 33).update(x, x).update(x, x).finalize()
+    expected = 2.0 * (x.double().mT @ x.double()) / 399
+    for actual in (stats.cov_xx, stats.cov_yx, stats.cov_yy):
+        assert actual is not None
+        assert torch.allclose(actual, expected, rtol=1e-15, atol=0.0)
+
+
+@pytest.mark.usefixtures("tensor_cores")
+def test_float32_keeps_off_tensor_cores() -> None:
+    X, Y = gaussian_pair(128, 8, 8)
+    X, Y = X.astype(np.float32).astype(float), Y.astype(np.float32).astype(float)
+    x, y = torch.from_numpy(X).float(), torch.from_numpy(Y).float()
+    stats = CovarianceAccumulator(8, 8).update(x, y).finalize()
+    assert_matches_oracle(stats, X, Y)
 
 
 def test_float16_sums_beyond_float16() -> None:
