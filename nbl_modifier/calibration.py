@@ -19,7 +19,13 @@ from torch import Tensor, nn
 
 from . import numerics
 from .architectures import Architecture
-from .capture import LayerMoments, LayerStatistics, check_causal, valid_tokens
+from .capture import (
+    HeldoutStatistics,
+    LayerMoments,
+    LayerStatistics,
+    check_causal,
+    valid_tokens,
+)
 from .distributed import Ranks
 from .fitting import no_map, realize, weights_map
 from .hf.configuration_nbl import LinearizedLayer
@@ -28,6 +34,9 @@ from .store import StatisticsStore
 from .surgery import Replacement, execution_device, weight_dtype
 
 __all__ = ["Calibration", "Measurement"]
+
+# What is stored must serve any estimator and may yet be fitted on, so it has it all.
+_Heldout = LayerStatistics | HeldoutStatistics
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,8 @@ class Calibration:
         self._dampening_frac = dampening_frac
         self._criterion = criterion
         self._keep = keep
-        self._held_out = held_out
+        # Kept apart only where something comes of it.
+        self._held_out = held_out if measure_held_out or store is not None else ()
         self._correlations = correlations
         self._measure_held_out = measure_held_out
         self._streams = streams
@@ -139,13 +149,11 @@ class Calibration:
         self._log_level = log_level
         self._stored = frozenset(i for i in layers if store is not None and i in store)
         self._failure: Exception | None = None
-        self._pending: dict[
-            int, tuple[LayerStatistics, LayerStatistics | None] | None
-        ] = {}
+        self._pending: dict[int, tuple[LayerStatistics, _Heldout | None] | None] = {}
         self._started_at = time.perf_counter()
         self._residuals: dict[int, tuple[int, Tensor]] = {}
         self._statistics: dict[int, LayerStatistics] = {}
-        self._heldout: dict[int, LayerStatistics] = {}
+        self._heldout: dict[int, _Heldout] = {}
 
     @property
     def seconds(self) -> float:
@@ -280,15 +288,19 @@ class Calibration:
         statistics.update(residual, normalized, added, valid)
         statistics.seconds += time.perf_counter() - started_at
 
-    def _statistics_of(self, index: int, batch: int, like: Tensor) -> LayerStatistics:
+    def _statistics_of(self, index: int, batch: int, like: Tensor) -> _Heldout:
         """Return what the rows of ``batch`` are added to: for the fit, or held out."""
-        held_out = batch in self._held_out
-        statistics = self._heldout if held_out else self._statistics
-        if index not in statistics:
-            statistics[index] = LayerStatistics(
-                self._names[index], like.shape[-1], self._normalized, like.device
+        form = (self._names[index], like.shape[-1], self._normalized, like.device)
+        if batch not in self._held_out:
+            if index not in self._statistics:
+                self._statistics[index] = LayerStatistics(*form)
+            return self._statistics[index]
+        if index not in self._heldout:
+            kept = self._store is not None
+            self._heldout[index] = (LayerStatistics if kept else HeldoutStatistics)(
+                *form
             )
-        return statistics[index]
+        return self._heldout[index]
 
     def _added_to_stream(self, index: int, output: Tensor) -> Tensor:
         """Return what attention's output of layer ``index`` adds to the stream."""
@@ -372,22 +384,31 @@ class Calibration:
         device = execution_device(self._attention(index))
         fit, heldout = self._store.load(index)
         heldout = None if heldout is None else heldout.to(device)
-        self._solve(index, fit.to(device), heldout, 0.0)
+        self._solve(index, *self._divided(fit.to(device), heldout), 0.0)
 
     def _solve_measured(
-        self,
-        index: int,
-        statistics: LayerStatistics,
-        held_out: LayerStatistics | None,
+        self, index: int, statistics: LayerStatistics, held_out: _Heldout | None
     ) -> None:
         try:
             fit = statistics.finalize()
             heldout = None if held_out is None else held_out.finalize()
         except ValueError as err:
             raise type(err)(f"{self._names[index]}: {err}") from err
-        if self._store is not None:
-            self._store.save(index, self._names[index], fit, heldout)
+        if not isinstance(heldout, numerics.CovarianceStats):
+            if self._store is not None:
+                self._store.save(index, self._names[index], fit, heldout)
+            fit, heldout = self._divided(fit, heldout)
         self._solve(index, fit, heldout, statistics.seconds)
+
+    def _divided(
+        self, fit: LayerMoments, heldout: LayerMoments | None
+    ) -> tuple[LayerMoments, numerics.CovarianceStats | None]:
+        """Return the moments to fit on, and those that measure the error, if any."""
+        if heldout is None:
+            return fit, None
+        if not self._measure_held_out:
+            return fit.merge(heldout), None
+        return fit, self._fit_of(heldout)
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -426,20 +447,19 @@ class Calibration:
         self,
         index: int,
         moments: LayerMoments,
-        heldout: LayerMoments | None,
+        heldout: numerics.CovarianceStats | None,
         seconds: float,
     ) -> None:
         """
         Measure and fit one layer.
 
         :param moments: of the tokens to fit on
-        :param heldout: of those that are held out
+        :param heldout: of those that are held out, of what the estimator reads and of
+            its target
         :param seconds: that the moments took
         """
         started_at = time.perf_counter()
         name = self._names[index]
-        if heldout is not None and not self._measure_held_out:
-            moments, heldout = moments.merge(heldout), None
         hidden_size = moments.residual.mean_x.numel()
         check_num_tokens(name, moments.num_tokens, hidden_size)
         try:
@@ -454,7 +474,7 @@ class Calibration:
                 )
             heldout_nmse = None
             if heldout is not None:
-                heldout_nmse = numerics.nmse(self._fit_of(heldout), linear_map)
+                heldout_nmse = numerics.nmse(heldout, linear_map)
         except (ValueError, torch.linalg.LinAlgError) as err:
             raise type(err)(f"{name}: {err}") from err
         # The same error in another unit: only the variance it is divided by differs.

@@ -155,10 +155,7 @@ class LayerStatistics:
         :param valid: bool ``[batch, tokens]``, the rows that are data; None: all
         :raises NonFiniteError: naming the layer, if an activation is NaN or inf
         """
-        residual, normalized, output = (
-            values.flatten(0, 1) if valid is None else values[valid]
-            for values in (residual, normalized, output)
-        )
+        residual, normalized, output = _rows(valid, residual, normalized, output)
         try:
             self._residual.update(residual, output)
             if self._normalized is not None:
@@ -193,3 +190,58 @@ class LayerStatistics:
         residual = self._residual.finalize()
         distance = 1.0 - float(self._cosine_sum) / self.num_tokens
         return LayerMoments(residual, normalized, distance)
+
+
+class HeldoutStatistics:
+    """
+    Moments of one attention layer's held-out tokens, streamed batch by batch.
+
+    Only what the error of a map from X to A depends on: two ``[d, d]`` float64
+    matrices. Methods as those of :class:`LayerStatistics`.
+
+    :param name: module name, for errors
+    :param hidden_size: d
+    :param normalized: whether X is the output of the input norm
+    :param device: where the sums live
+    """
+
+    def __init__(
+        self, name: str, hidden_size: int, normalized: bool, device: torch.device
+    ) -> None:
+        self.name = name
+        self.seconds = 0.0
+        self._is_normalized = normalized
+        self._moments = CovarianceAccumulator(
+            hidden_size, hidden_size, device=device, track_cov_yy=False
+        )
+
+    def update(
+        self, residual: Tensor, normalized: Tensor, output: Tensor, valid: Tensor | None
+    ) -> None:
+        """Add one batch."""
+        x = normalized if self._is_normalized else residual
+        try:
+            self._moments.update(*_rows(valid, x, output))
+        except NonFiniteError as err:
+            raise NonFiniteError(f"{self.name}: {err}") from err
+
+    def pool_(
+        self, add_up: Callable[[Tensor], object], collect: Callable[[Tensor], object]
+    ) -> None:
+        """Make this the statistics of all processes' tokens, in place."""
+        self._moments.pool_(add_up, collect)
+
+    def finalize(self) -> CovarianceStats:
+        """
+        Return the moments of (X, A) of all tokens so far, without those of (A, A).
+
+        :raises ValueError: if fewer than 2 tokens were seen
+        """
+        return self._moments.finalize()
+
+
+def _rows(valid: Tensor | None, *batches: Tensor) -> tuple[Tensor, ...]:
+    """Return ``[batch, tokens, d]`` as ``[num_tokens, d]``, only the valid tokens."""
+    return tuple(
+        values.flatten(0, 1) if valid is None else values[valid] for values in batches
+    )

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from .capture import LayerStatistics
+from .capture import HeldoutStatistics, LayerStatistics
 
 __all__ = ["Ranks"]
 
@@ -99,7 +99,7 @@ class Ranks:
         received: T = held[0]
         return received
 
-    def pool(self, statistics: LayerStatistics, owner: int) -> None:
+    def pool(self, statistics: LayerStatistics | HeldoutStatistics, owner: int) -> None:
         """
         Add up the statistics of all processes, in the owner's.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nbl_modifier import NBLModifier, numerics
-from nbl_modifier.capture import LayerMoments, LayerStatistics
+from nbl_modifier.capture import HeldoutStatistics, LayerMoments, LayerStatistics
 from tests.tiny_llama import compress, load, save_llama, token_rows
 from tests.work import CountCalls, PeakMemory, count_flops
 
@@ -147,6 +147,18 @@ def test_statistics_memory_does_not_grow_with_tokens(
     assert matrices * square <= memory.alive < matrices * square + vectors
     assert memory.peak < matrices * square + 2 * rows + vectors
     assert statistics.num_tokens == BATCHES * ROWS
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_held_out_statistics_are_two_matrices(normalized: bool) -> None:
+    with PeakMemory() as memory:
+        statistics = HeldoutStatistics("layer", WIDTH, normalized, torch.device("cpu"))
+        for residual, norm, output in batches():
+            statistics.update(residual, norm, output, None)
+    assert 2 * WIDTH**2 * 8 <= memory.alive < 2 * WIDTH**2 * 8 + 32 * WIDTH * 8
+    whole = accumulate(normalized).finalize()
+    fitted = whole.normalized or whole.residual
+    assert torch.equal(statistics.finalize().cov_yx, fitted.cov_yx)
 
 
 @pytest.mark.parametrize(("normalized", "matrices"), [(False, 10), (True, 12)])
