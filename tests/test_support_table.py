@@ -8,7 +8,14 @@ import pytest
 
 from integration_tests.results import outcome, read_results
 from integration_tests.rows import families, features
-from integration_tests.support_table import BEGIN, END, replaced
+from integration_tests.support_table import (
+    BEGIN,
+    END,
+    README,
+    RESULTS,
+    render,
+    replaced,
+)
 
 
 def test_markers_must_be_there() -> None:
@@ -51,3 +58,26 @@ def test_a_cell_that_was_not_run_is_an_error(tmp_path: Path) -> None:
     write_parts(tmp_path, cells)
     with pytest.raises(ValueError, match="not run: llama-tp"):
         read_results(tmp_path)
+
+
+def test_readme_has_the_stored_results() -> None:
+    readme = README.read_text(encoding="utf-8")
+    assert replaced(readme, render(read_results(RESULTS))) == readme
+
+
+def test_a_failed_cell_shows() -> None:
+    results = read_results(RESULTS)
+    before = render(results).count("| fails |")
+    results["cells"]["mistral"]["tp"] = "failed"
+    assert render(results).count("| fails |") == before + 1
+
+
+def test_what_vllm_cannot_do_comes_with_its_words() -> None:
+    results = read_results(RESULTS)
+    table = render(results)
+    for name, cells in results["cells"].items():
+        for feature, outcome_of in cells.items():
+            if outcome_of == "unsupported":
+                heading, title = features()[feature], families()[name]
+                lines = [line for line in table.splitlines() if line.startswith("- ")]
+                assert any(heading in line and title in line for line in lines)
