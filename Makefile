@@ -64,7 +64,7 @@ core: env  ## Tests against real vLLM: a few of each kind
 	NBL_SERVE_PYTHON=$(SERVE_PY) \
 	$(COMPRESS_PY) -m pytest integration_tests -m "$(MARKERS)" $(PYTEST_ARGS)
 
-integration: env  ## Tests against real vLLM: all, about an hour with WORKERS=1
+integration: env  ## Tests against real vLLM: all, over an hour with WORKERS=1
 	rm -rf integration_tests/results
 	seq $(WORKERS) | NBL_SERVE_PYTHON=$(SERVE_PY) xargs -P $(WORKERS) -I{} \
 		$(COMPRESS_PY) -m pytest integration_tests --part {}/$(WORKERS) \

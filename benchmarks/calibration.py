@@ -168,6 +168,8 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
             "NBL": bench.nbl,
             "second pass": bench.second_pass,
         }
+        if args.quick:
+            del steps["pipeline"], steps["second pass"]
         whole = bench.batches, bench.dataset, args.samples
         # One batch each, but for NBL, which wants more tokens than dimensions.
         args.samples = min(args.samples, 1 + args.hidden_size // args.length)
@@ -204,8 +206,8 @@ def print_calibration(args: argparse.Namespace) -> None:
         "NBL": "(b) NBL calibration",
         "second pass": "    with the propagation pass",
     }
-    for name, label in labels.items():
-        print(f"{label:34s}{summary(seconds[name])}")
+    for name in seconds:
+        print(f"{labels[name]:34s}{summary(seconds[name])}")
     own = [r["own"] for r in results["NBL"]]
     print(f"{'    of which statistics and solve':34s}{summary(own)}")
     for name, label in (
@@ -213,6 +215,8 @@ def print_calibration(args: argparse.Namespace) -> None:
         ("pipeline", "pipeline/a"),
         ("second pass", "with propagation pass/a"),
     ):
+        if name not in seconds:
+            continue
         # Of neighbours in time: what else the machine does changes slowly.
         pairs = zip(seconds[name], seconds["forward"], strict=True)
         ratios = [mine / plain for mine, plain in pairs]
@@ -257,6 +261,7 @@ def parse_args() -> argparse.Namespace:
         "--input", choices=["residual", "normalized"], default="residual"
     )
     add("--repeats", 3, "rounds")
+    parser.add_argument("--quick", action="store_true", help="only (a) and (b)")
     add("--solver-d", 2048, "d for the solver; 0 leaves it out")
     return parser.parse_args()
 

@@ -31,7 +31,7 @@ CLIENT = Path(__file__).with_name("openai_client.py")
 RECIPE = "default_stage: {default_modifiers: {NBLModifier: {num_layers: 6}}}"
 NUM_LAYERS, NUM_LINEARIZED = 16, 6
 CONCURRENCY = 64
-CORE_REQUESTS, FULL_REQUESTS = 128, 10_000
+CORE_REQUESTS, FULL_REQUESTS = 128, 20_000
 EAGER = ("--enforce-eager", "--dtype=float32")
 START_SECONDS = 240
 FULL_SECONDS = 1_800
