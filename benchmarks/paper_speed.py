@@ -10,7 +10,8 @@ of that command can follow::
 
     python benchmarks/paper_speed.py --shape 1b --repeats 3
     python benchmarks/paper_speed.py --shape 8b                  (on a GPU)
-    python benchmarks/paper_speed.py --shape 1b --engine vllm --context 512 --batch 1,8
+    python benchmarks/paper_speed.py --shape 135m --linearized 15 --engine vllm \\
+        --context 512,2048,8192 --batch 1,8
 """
 
 import argparse
@@ -49,6 +50,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 8192,
         "num_hidden_layers": 16,
         "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    # SmolLM2-135M, for a grid that a CPU gets through
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8448,
+        "dtype": "bfloat16",
         "tie_word_embeddings": True,
     },
 }

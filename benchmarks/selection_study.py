@@ -5,7 +5,7 @@ Which criterion, which selection and which fit keep most of a model's quality?
 Measures held-out perplexity of the methods that have a name over numbers of replaced
 layers and seeds of the calibration text; with the most layers, also of each combination
 of criterion, selection, refit and input; and of the paper's and the best settings over
-ranks and sizes of the calibration set::
+ranks, dampening and sizes of the calibration set::
 
     python benchmarks/selection_study.py examples/models/pycode-4m
 
@@ -61,6 +61,7 @@ class Setting:
     :param kind: ``attention`` or ``block``
     :param method: ``linear`` or ``drop``
     :param rank: of the maps; None: full
+    :param dampening_frac: of C_xx
     """
 
     criterion: str = "cca_bound"
@@ -70,6 +71,7 @@ class Setting:
     kind: Literal["attention", "block"] = "attention"
     method: Literal["linear", "drop"] = "linear"
     rank: int | None = None
+    dampening_frac: float = 0.0
 
     @property
     def spec(self) -> LinearizedLayer:
@@ -90,7 +92,8 @@ class Setting:
 
 
 PAPER = Setting()
-BEST = Setting("loss", "greedy", refit=True, input="normalized")
+BEST = Setting("loss", "greedy", True, "normalized")
+DAMPENING = (0.01, 0.05, 0.2)
 NAMED = {
     "paper": PAPER,
     "preset best": BEST,
@@ -166,7 +169,7 @@ class Case:
         self._test = Trials(self._forward, self._architecture, test)
         self.candidates = range(len(self._forward.layers))
         self.base = self._test.loss()
-        self._calibrations: dict[LinearizedLayer, Calibration] = {}
+        self._calibrations: dict[object, Calibration] = {}
         self._orders: dict[Setting, list[int]] = {}
         self._greedy: dict[Setting, dict[int, Replacement]] = {}
         self._refits: dict[object, Mapping[int, Replacement]] = {}
@@ -196,46 +199,47 @@ class Case:
         self, setting: Setting, layers: frozenset[int]
     ) -> Mapping[int, Replacement]:
         if setting.refit:
-            key = (setting.spec, layers)
+            key = (setting.spec, setting.dampening_frac, layers)
             if key not in self._refits:
-                passes = self._passes(setting.spec)
+                passes = self._passes(setting)
                 self._refits[key] = passes.refit(layers).replacements
             return self._refits[key]
         if setting.selection == "greedy":
             found = self._greedy[setting.ranking]
         else:
-            found = self._calibration(setting.spec).replacements
+            found = self._calibration(setting).replacements
         return {index: found[index] for index in layers}
 
     def _path(self, setting: Setting, num_layers: int) -> list[int]:
         """Return layers in the order in which they are replaced."""
         if setting not in self._orders or len(self._orders[setting]) < num_layers:
-            calibration = self._calibration(setting.spec)
+            calibration = self._calibration(setting)
             trials = self._trials if setting.criterion in TRIED else None
             search = Search(setting.criterion, Budget(num_layers, ""), trials)
             if setting.selection == "greedy":
-                outcome = search.greedy(calibration, self._passes(setting.spec))
+                outcome = search.greedy(calibration, self._passes(setting))
                 self._greedy[setting] = outcome.replacements
                 self._orders[setting] = outcome.order[:num_layers]
             else:
                 self._orders[setting] = search.one_shot(calibration).order
         return self._orders[setting]
 
-    def _calibration(self, spec: LinearizedLayer) -> Calibration:
-        if spec not in self._calibrations:
-            passes = self._passes(spec)
-            self._calibrations[spec] = passes.estimate(self.candidates)
-        return self._calibrations[spec]
+    def _calibration(self, setting: Setting) -> Calibration:
+        key = (setting.spec, setting.dampening_frac)
+        if key not in self._calibrations:
+            passes = self._passes(setting)
+            self._calibrations[key] = passes.estimate(self.candidates)
+        return self._calibrations[key]
 
-    def _passes(self, spec: LinearizedLayer) -> Passes:
+    def _passes(self, setting: Setting) -> Passes:
         def calibration(streams: Mapping[int, Tensor] | None) -> Calibration:
             return Calibration(
                 dict(enumerate(self._forward.layers)),
                 {i: self._architecture.attention_name(i) for i in self.candidates},
                 self._architecture,
-                spec=spec,
+                spec=setting.spec,
                 estimator="lmmse",
-                dampening_frac=0.0,
+                dampening_frac=setting.dampening_frac,
                 criterion="cca_bound",
                 keep=len(self.candidates),
                 held_out=self._held_out,
@@ -386,7 +390,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sizes", type=numbers, default=[16, 32, 64, 128], help="further set sizes"
     )
-    parser.add_argument("--ranks", type=numbers, default=[16, 32, 64])
+    parser.add_argument("--ranks", type=numbers, default=[16, 32, 64, 128])
     parser.add_argument("--test-windows", type=int, default=96)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -427,10 +431,11 @@ def main() -> int:
     largest = max(args.m)
     settings = main_settings()
     ranked = [replace(s, rank=rank) for s in (PAPER, BEST) for rank in args.ranks]
+    damped = [replace(BEST, dampening_frac=frac) for frac in DAMPENING]
     for seed in args.seeds:
         for path in args.models:
             wanted = [(setting, m) for setting in NAMED.values() for m in args.m]
-            wanted += [(setting, largest) for setting in (*settings, *ranked)]
+            wanted += [(setting, largest) for setting in (*settings, *ranked, *damped)]
             run_case(path, seed, args.num_windows, wanted, args, store)
             for size in args.sizes:
                 both = [(PAPER, largest), (BEST, largest)]
@@ -471,6 +476,9 @@ def print_tables(name: str, store: Store, args: argparse.Namespace) -> None:
             largest,
         )
     )
+    fractions = sorted({*DAMPENING, BEST.dampening_frac})
+    damped = {f"{f:g}": (replace(BEST, dampening_frac=f), None) for f in fractions}
+    print(tables.over("best, dampening_frac", damped, largest))
 
 
 if __name__ == "__main__":
