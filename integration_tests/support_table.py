@@ -64,9 +64,12 @@ def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:
         if cells[family][feature] == "unsupported":
             reason = (features()[feature], row.unsupported)
             found.setdefault(reason, []).append(families()[family])
+    together: dict[tuple[str, str], list[str]] = {}
+    for (heading, message), titles in found.items():
+        together.setdefault((", ".join(titles), message), []).append(heading)
     return [
-        f"- {heading}, {', '.join(titles)}: vLLM says `{message}`, without NBL, too"
-        for (heading, message), titles in found.items()
+        f"- {titles}, {', '.join(headings)}: vLLM says `{message}`, without NBL, too"
+        for (titles, message), headings in together.items()
     ]
 
 
