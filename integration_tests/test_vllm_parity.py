@@ -142,12 +142,12 @@ def test_logprobs(
 
     ``max``: an absolute bound.
     ``relative_to_base: unquantized``: vLLM is no farther from transformers than it is
-    with the base model, half as much again in the mean (many of its standard errors:
-    3%, 1,330 tokens) and in the 99th percentile. Not in the maximum: it is one token's,
-    and differs more between processors than between models.
+    with the base model; half as much again in the mean is many of its standard errors
+    (3%, 1,330 tokens), and the maximum, a single token, may be one rounding step of a
+    logit more, 2^-4 for bfloat16 logits of 8 to 16.
     ``relative_to_base: same_scheme``: the same with the base model quantized as the row
-    is, because kernels that round activations to 8 bits differ by as much as the
-    rounding itself changes.
+    is, because quantized kernels differ by more. One token may then differ by any
+    number of steps, so the 99th percentile takes the maximum's place.
     ``quantization_effect``: the distance is at most this fraction of what quantization
     changes.
     """
@@ -170,7 +170,10 @@ def test_logprobs(
         )
         record_distance(record_property, "base_", in_base)
         assert difference.mean() <= 1.5 * in_base.mean()
-        assert difference.quantile(0.99) <= 1.5 * in_base.quantile(0.99)
+        if rule["relative_to_base"] == "same_scheme":
+            assert difference.quantile(0.99) <= 1.5 * in_base.quantile(0.99)
+        else:
+            assert difference.max() <= 1.5 * in_base.max() + 2**-4
     if "quantization_effect" in rule:
         dense = made.checkpoint(row.nbl_text, row.model)
         quantized = made.checkpoint(row.recipe_text, row.model)

@@ -218,7 +218,11 @@ class HeldoutStatistics:
     def update(
         self, residual: Tensor, normalized: Tensor, output: Tensor, valid: Tensor | None
     ) -> None:
-        """Add one batch."""
+        """
+        Add one batch.
+
+        :raises NonFiniteError: naming the layer, if an activation is NaN or inf
+        """
         x = normalized if self._is_normalized else residual
         try:
             self._moments.update(*_rows(valid, x, output))
