@@ -9,18 +9,20 @@ they are given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .hf.modeling_nbl import decoder_layers
 from .windows import Batch
 
-__all__ = ["PartialForward"]
+__all__ = ["PartialForward", "calling"]
 
 # Columns of a calibration set that say what to predict; with them a model would compute
 # a loss of its own.
@@ -41,6 +43,10 @@ class PartialForward:
     def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
         self.layers = decoder_layers(model, architecture)
         self._model = model
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """The model's."""
+        return self._model.parameters()
 
     def hidden_states(
         self,
@@ -92,23 +98,50 @@ class PartialForward:
         :param hidden_states: as in :meth:`hidden_states`
         :param start: the first layer to run
         """
-        head = self._model.get_output_embeddings()
-        with (
-            _calling(head, type(head).forward.__get__(head)),
-            self._skipping(range(start), hidden_states),
-        ):
+        with self._computing_head(), self._skipping(range(start), hidden_states):
             logits: Tensor = self._call(batch).logits
         return logits
 
+    def differentiable_logits(self, batch: Batch, start: int) -> Tensor:
+        """
+        Return the logits with the graph that leads back to what requires a gradient.
+
+        Of each layer the graph holds the input only; backward runs the layer again
+        (Chen et al. 2016, arXiv:1604.06174).
+
+        :param batch: what the model is called with
+        :param start: the first layer in which something requires a gradient
+        :return: as :meth:`logits`
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._computing_head())
+            for layer in self.layers[start:]:
+                again = partial(
+                    checkpoint,
+                    layer.forward,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+                stack.enter_context(calling(layer, again))
+            stack.enter_context(torch.enable_grad())
+            logits: Tensor = self._model(**self._inputs(batch), use_cache=False).logits
+        return logits
+
+    def _computing_head(self) -> AbstractContextManager[None]:
+        head = self._model.get_output_embeddings()
+        return calling(head, type(head).forward.__get__(head))
+
     def _call(self, batch: Batch) -> Any:
+        with torch.no_grad():
+            return self._model(**self._inputs(batch), use_cache=False)
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         device = self._device
-        inputs = {
+        return {
             name: values.to(device)
             for name, values in batch.items()
             if name not in _NOT_INPUTS
         }
-        with torch.no_grad():
-            return self._model(**inputs, use_cache=False)
 
     @property
     def _device(self) -> torch.device:
@@ -127,12 +160,12 @@ class PartialForward:
 
         with ExitStack() as stack:
             for index in indices:
-                stack.enter_context(_calling(self.layers[index], skip))
+                stack.enter_context(calling(self.layers[index], skip))
             yield
 
 
 @contextmanager
-def _calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def calling(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace a module's forward; unlike an assignment, leave no trace of it after."""
     attributes = vars(module)
     before = attributes.get("forward")

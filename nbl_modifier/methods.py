@@ -20,6 +20,8 @@ def applies(name: str, kind: str, method: str, estimator: str) -> bool:
     fitted = method == "linear" and estimator == "lmmse"
     if name == "input":
         return kind == "attention" and fitted
+    if name == "distill_epochs":
+        return method == "linear"
     return fitted if name == "refit" else True
 
 
@@ -31,6 +33,7 @@ def check_options(
     input: str,
     low_rank: list[str],
     refit: bool,
+    distilled: bool,
 ) -> None:
     """
     Refuse options of NBLModifier that do not go together.
@@ -41,6 +44,7 @@ def check_options(
     :param input: ``residual`` or ``normalized``
     :param low_rank: names of the given fields that limit the rank
     :param refit: whether the chosen layers are fitted again
+    :param distilled: whether they are trained
     :raises ValueError: naming the fields
     """
     if len(low_rank) > 1:
@@ -51,6 +55,7 @@ def check_options(
     fitted = {
         **dict.fromkeys(low_rank, True),
         "refit": refit,
+        "distill_epochs": distilled,
         "estimator: wo_wv": estimator == "wo_wv",
     }
     given = [name for name, is_given in fitted.items() if is_given]

@@ -61,6 +61,7 @@ _PRESETS: dict[str | None, dict[str, Any]] = {
         "criterion": "loss",
         "selection": "greedy",
         "refit": True,
+        "distill_epochs": 4,
         "input": "normalized",
     },
 }
@@ -119,6 +120,11 @@ class NBLModifier(Modifier):
         replacement, on the partly linear model (``greedy``)
     :param refit: fit the chosen layers again, in order of depth, to lead from the
         linearized model's residual stream to the original one's
+    :param distill_epochs: after all fits, train the maps, and nothing else, so often
+        over the calibration windows, until the model predicts as the original one did;
+        0 leaves them as they are, in closed form
+    :param distill_rate: learning rate of that: by how much one step may change an
+        output of a map at most, over its standard deviation; dimensionless
     :param kind: what is replaced: ``attention``, or the whole transformer ``block``,
         its MLP and norms included
     :param method: by what: a ``linear`` map, or nothing (``drop``). Without a block the
@@ -162,6 +168,8 @@ class NBLModifier(Modifier):
     )
     selection: Literal["one_shot", "greedy"] = "one_shot"
     refit: bool = False
+    distill_epochs: int = Field(default=0, ge=0)
+    distill_rate: float = Field(default=0.4, gt=0.0, allow_inf_nan=False)
     kind: Literal["attention", "block"] = "attention"
     method: Literal["linear", "drop"] = "linear"
     estimator: Literal["lmmse", "wo_wv"] = "lmmse"
@@ -257,6 +265,7 @@ class NBLModifier(Modifier):
             input=self.input,
             low_rank=[name for name in ranks if getattr(self, name) is not None],
             refit=self.refit,
+            distilled=self.distill_epochs > 0,
         )
         return self
 
@@ -395,6 +404,8 @@ class NBLModifier(Modifier):
             criterion=self.criterion,
             greedy=self.selection == "greedy",
             refit=self.refit,
+            distill_epochs=self.distill_epochs,
+            distill_rate=self.distill_rate,
         )
         report = self._report = self._make_report(model, calibration, outcome)
         logger.info("NBL ranking\n{}", ranking_table(report))
@@ -440,7 +451,6 @@ class NBLModifier(Modifier):
 
     def _open_sources(self, state: State) -> None:
         """Decide what to measure, and on what."""
-        runs_again = self.refit or self.selection == "greedy"
         sources = open_sources(
             state.model,
             state.data.calib,
@@ -450,7 +460,7 @@ class NBLModifier(Modifier):
                 input=self._spec.input,
                 heldout_nmse=self.max_nmse is not None,
                 losses=self._measures_losses,
-                windows=runs_again,
+                windows=self.runs_again,
             ),
             statistics=self.statistics,
             save_statistics=self.save_statistics,
@@ -458,7 +468,7 @@ class NBLModifier(Modifier):
         self._store = sources.store
         self._num_samples = sources.data.num_samples
         self._held_out = sources.data.held_out
-        if self._holds_out or runs_again:
+        if self._holds_out or self.runs_again:
             self._data = sources.data
             if not self._holds_out:
                 self._data = dataclasses.replace(sources.data, held_out=frozenset())
@@ -556,6 +566,12 @@ class NBLModifier(Modifier):
         return LinearizedLayer(reads, self.kind, self.method, rank)
 
     @property
+    def runs_again(self) -> bool:
+        """Whether the model runs over all calibration windows more than once."""
+        greedy = self.selection == "greedy"
+        return greedy or self.refit or self.distill_epochs > 0
+
+    @property
     def _holds_out(self) -> bool:
         """Whether something is measured on windows that are not fitted on."""
         return self.max_nmse is not None or self._measures_losses
@@ -563,7 +579,8 @@ class NBLModifier(Modifier):
     @property
     def _measures_losses(self) -> bool:
         """Whether the model runs over windows that are not fitted on."""
-        return self.criterion in TRIED or self.max_perplexity_increase is not None
+        limited = self.max_perplexity_increase is not None
+        return self.criterion in TRIED or limited or self.distill_epochs > 0
 
     def _new_calibration(
         self,
@@ -637,6 +654,7 @@ class NBLModifier(Modifier):
             previous=self._earlier_report,
             selection=self.selection,
             refit=self.refit,
+            distill_epochs=self.distill_epochs,
             binding=outcome.binding,
             heldout=outcome.heldout,
             kind=self.kind,

@@ -46,7 +46,7 @@ class Passes:
 
     def replaced(
         self, replacements: Mapping[int, Replacement]
-    ) -> AbstractContextManager[None]:
+    ) -> AbstractContextManager[object]:
         """Put replacements into the model while the context lasts."""
         return replaced(self.forward.layers, self.architecture, replacements)
 

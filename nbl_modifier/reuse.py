@@ -117,8 +117,9 @@ def _reused(
         digest = _pooled_digest(data, Ranks())
     elif needs.windows:
         raise ValueError(
-            f"statistics {folder}: selection: greedy and refit run the model over the "
-            "calibration windows again. Pass the dataset, too, or leave them out."
+            f"statistics {folder}: selection: greedy, refit and distill_epochs run the "
+            "model over the calibration windows again. Pass the dataset, too, or leave "
+            "them out."
         )
     store.check(_origin(model, store.origin.num_samples, digest, needs))
     if needs.heldout_nmse and not store.origin.held_out:
@@ -149,7 +150,7 @@ def _check_ranks(needs: Needs, ranks: Ranks) -> None:
     """Refuse what each process would answer for its own windows only."""
     if ranks.alone or not (needs.losses or needs.windows):
         return
-    asked = "selection: greedy and refit" if needs.windows else "losses"
+    asked = "selection: greedy, refit and distill_epochs" if needs.windows else "losses"
     raise NotImplementedError(
         f"NBLModifier: {asked} run the model over windows of one process, got "
         f"{ranks.size} processes. Use a criterion and a budget that statistics answer, "

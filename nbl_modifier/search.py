@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .architectures import Architecture
 from .calibration import Calibration
+from .distillation import Distillation
 from .evaluation.perplexity import PerplexityResult
 from .forward import PartialForward
 from .passes import Passes
@@ -155,6 +156,22 @@ class Search:
             refitted = self._trials.loss(replacements).perplexity
             heldout = replace(heldout, refitted=refitted)
         return replace(outcome, replacements=replacements, heldout=heldout)
+
+    def distill(
+        self, outcome: Outcome, distillation: Distillation, epochs: int, rate: float
+    ) -> Outcome:
+        """
+        Return the same choice with trained replacements, see :class:`Distillation`.
+
+        :param outcome: of this search, whose layers have maps
+        :param distillation: on windows of its own, tried on those of this search
+        :param epochs: how often it goes over its windows
+        :param rate: learning rate
+        """
+        trained, trial = distillation.run(outcome.replacements, epochs, rate)
+        assert outcome.heldout is not None
+        heldout = replace(outcome.heldout, distilled=trial.loss.perplexity)
+        return replace(outcome, replacements=trained, heldout=heldout)
 
     def _outcome(
         self,
@@ -297,9 +314,11 @@ def find_replacements(
     criterion: str,
     greedy: bool,
     refit: bool,
+    distill_epochs: int,
+    distill_rate: float,
 ) -> Outcome:
     """
-    Choose layers, and fit them again if asked for.
+    Choose layers, and fit them again, or train them, if asked for.
 
     :param state: the session's, the pipeline's pass just over
     :param calibration: what that pass measured
@@ -309,7 +328,9 @@ def find_replacements(
     :param budget: when to stop
     :param criterion: as in :class:`Search`
     :param greedy: whether to rank again after each replacement
-    :param refit: whether to fit again in the end
+    :param refit: whether to fit the chosen ones again
+    :param distill_epochs: how often to go over the windows to train them in the end
+    :param distill_rate: learning rate of that
     """
     if data is None:
         return Search(criterion, budget).one_shot(calibration)
@@ -327,4 +348,13 @@ def find_replacements(
             outcome = search.greedy(calibration, passes)
         else:
             outcome = search.one_shot(calibration)
-        return search.refit(outcome, passes) if refit else outcome
+        if refit:
+            outcome = search.refit(outcome, passes)
+        if distill_epochs:
+            assert trials is not None
+            fitted_on = windows.select(set(range(len(data.batches))) - data.held_out)
+            distillation = Distillation(forward, architecture, fitted_on, trials)
+            outcome = search.distill(
+                outcome, distillation, distill_epochs, distill_rate
+            )
+        return outcome

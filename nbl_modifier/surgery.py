@@ -4,8 +4,8 @@ Replaces attention, or whole blocks, of a live model, wherever its weights are k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -102,7 +102,7 @@ def replaced(
     layers: nn.ModuleList,
     architecture: Architecture,
     replacements: Mapping[int, Replacement],
-) -> Iterator[None]:
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """
     Try replacements: put them in, and on exit the very modules that were there before.
 
@@ -112,18 +112,44 @@ def replaced(
     :param layers: the decoder layers
     :param architecture: names of the modules inside them
     :param replacements: by decoder layer index
+    :return: a context that undoes it for as long as it lasts
     """
-    before = {i: (layers[i], dict(layers[i]._modules)) for i in replacements}
+    before = _layers_as_they_are(layers, replacements)
     kept = {module for i in replacements for module in layers[i].modules()}
+
+    @contextmanager
+    def undone() -> Iterator[None]:
+        after = _layers_as_they_are(layers, replacements)
+        _put(layers, before)
+        try:
+            yield
+        finally:
+            _put(layers, after)
+
     try:
         replace(layers, architecture, replacements)
-        yield
+        yield undone
     finally:
-        for index, (layer, modules) in before.items():
+        for index in before:
             _discard(module for module in layers[index].modules() if module not in kept)
-            layers[index] = layer
-            layer._modules.clear()  # first, or modules would change their order
-            layer._modules.update(modules)
+        _put(layers, before)
+
+
+def _layers_as_they_are(
+    layers: nn.ModuleList, indices: Iterable[int]
+) -> dict[int, tuple[nn.Module, dict[str, nn.Module | None]]]:
+    """Return layers, and what :func:`replace` may exchange inside them, by index."""
+    return {index: (layers[index], dict(layers[index]._modules)) for index in indices}
+
+
+def _put(
+    layers: nn.ModuleList,
+    states: Mapping[int, tuple[nn.Module, dict[str, nn.Module | None]]],
+) -> None:
+    for index, (layer, modules) in states.items():
+        layers[index] = layer
+        layer._modules.clear()  # first, or modules would change their order
+        layer._modules.update(modules)
 
 
 def _discard(modules: Iterable[nn.Module]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from .architectures import Architecture
@@ -16,7 +17,7 @@ from .forward import PartialForward
 from .surgery import Replacement, replaced
 from .windows import Windows
 
-__all__ = ["Trial", "Trials"]
+__all__ = ["Target", "Trial", "Trials", "divergence", "target_tokens"]
 
 # Rows of logits in float32 at a time: of 128,000 tokens each, a quarter of a gigabyte.
 _ROWS = 512
@@ -63,8 +64,26 @@ class Trials:
         sums = _Sums()
         with replaced(self._forward.layers, self._architecture, replacements or {}):
             for number, batch in enumerate(self._windows.batches):
-                sums.add(self._targets(number), self._forward.logits(batch))
+                sums.add(
+                    target_tokens(self._windows, number), self._forward.logits(batch)
+                )
         return summarize(sums.nll, sums.counts)
+
+    def together(self, replacements: Mapping[int, Replacement]) -> Trial:
+        """
+        Try all replacements at once.
+
+        :param replacements: by decoder layer index
+        """
+        sums = _Sums()
+        layers = self._forward.layers
+        with replaced(layers, self._architecture, replacements) as undone:
+            for number, batch in enumerate(self._windows.batches):
+                with undone():
+                    original = self._forward.logits(batch)
+                targets = target_tokens(self._windows, number)
+                sums.add(targets, self._forward.logits(batch), original)
+        return sums.trial()
 
     def single(
         self,
@@ -83,7 +102,7 @@ class Trials:
         sums = {index: _Sums() for index in sorted(candidates)}
         batches = tqdm(self._windows.batches, "NBL: trying layers", leave=False)
         for number, batch in enumerate(batches):
-            targets = self._targets(number)
+            targets = target_tokens(self._windows, number)
             original = self._forward.logits(batch)
             stream, start = None, 0
             with replaced(layers, architecture, given or {}):
@@ -96,17 +115,9 @@ class Trials:
                     sum_.add(targets, logits, original)
         return {index: sum_.trial() for index, sum_ in sums.items()}
 
-    def _targets(self, number: int) -> list[_Target]:
-        tokens = self._windows.batches[number]["input_ids"]
-        return [
-            _Target(row, positions, tokens[row, positions])
-            for row, counts in enumerate(self._windows.targets(number))
-            for positions in [counts.nonzero().flatten()]
-        ]
-
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """The tokens to be predicted in one window of a batch."""
 
     row: int
@@ -120,6 +131,47 @@ class _Target:
         )
 
 
+def target_tokens(windows: Windows, number: int) -> list[Target]:
+    """Return the tokens to be predicted in a batch, for each of its windows."""
+    tokens = windows.batches[number]["input_ids"]
+    return [
+        Target(row, positions, tokens[row, positions])
+        for row, counts in enumerate(windows.targets(number))
+        for positions in [counts.nonzero().flatten()]
+    ]
+
+
+def divergence(targets: Iterable[Target], logits: Tensor, original: Tensor) -> Tensor:
+    """
+    Return the summed divergence from the original model, differentiable in ``logits``.
+
+    :param targets: of a batch
+    :param logits: ``[batch, tokens, vocabulary]``
+    :param original: the same of the original model
+    :return: in nats, float32, a scalar
+    """
+    parts = []
+    for target in targets:
+        for positions, _ in target.chunks():
+            at = positions.to(logits.device)
+            # Backward computes the float32 of a part again, instead of keeping it.
+            part = checkpoint(
+                _divergence,
+                logits[target.row, at],
+                original[target.row, at],
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            parts.append(part)
+    return torch.stack(parts).sum()
+
+
+def _divergence(logits: Tensor, original: Tensor) -> Tensor:
+    predicted = logits.float().log_softmax(-1)
+    reference = original.float().log_softmax(-1)
+    return kl_div(predicted, reference, reduction="sum", log_target=True)
+
+
 class _Sums:
     """Sums over windows."""
 
@@ -129,7 +181,7 @@ class _Sums:
         self._kl = 0.0
 
     def add(
-        self, targets: Iterable[_Target], logits: Tensor, original: Tensor | None = None
+        self, targets: Iterable[Target], logits: Tensor, original: Tensor | None = None
     ) -> None:
         """Add a batch; logits are ``[batch, tokens, vocabulary]``."""
         for target in targets:

@@ -45,8 +45,8 @@ class Windows:
         batch = self.batches[number]
         tokens = batch["input_ids"]
         mask = batch.get("attention_mask")
-        counts = torch.ones_like(tokens) if mask is None else mask.to(tokens.device)
-        counts = counts.bool()
+        mask = torch.ones_like(tokens) if mask is None else mask.to(tokens.device)
+        counts = mask != 0  # not .bool(), which of a mask that is bool is no copy
         counts[:, 1:] &= counts[:, :-1].clone()
         counts[:, 0] = False
         if self.loss_masks is not None:
@@ -63,6 +63,24 @@ class Windows:
             masks and [masks[number] for number in sorted(numbers)],
             self.placeholder,
         )
+
+    def one_by_one(self) -> Windows:
+        """
+        Return the same windows in batches of one.
+
+        A batch in which not every tensor has a row for each window stays as it is.
+        """
+        batches: list[Batch] = []
+        masks: list[Tensor] = []
+        for number, batch in enumerate(self.batches):
+            count = len(batch["input_ids"])
+            whole = any(len(values) != count for values in batch.values())
+            parts = [slice(None)] if whole else [slice(i, i + 1) for i in range(count)]
+            for part in parts:
+                batches.append({name: values[part] for name, values in batch.items()})
+                if self.loss_masks is not None:
+                    masks.append(self.loss_masks[number][part])
+        return Windows(batches, masks or None, self.placeholder)
 
 
 def held_out_batches(num_tokens: Sequence[int]) -> frozenset[int]:

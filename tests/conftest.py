@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from loguru import logger
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,6 +81,15 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
     from tests.followers import TinyModels
 
     return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """Collect what is logged."""
+    messages: list[str] = []
+    sink = logger.add(lambda message: messages.append(message.record["message"]))
+    yield messages
+    logger.remove(sink)
 
 
 @pytest.fixture(scope="session")

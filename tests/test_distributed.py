@@ -162,7 +162,10 @@ def test_a_failed_process_ends_the_run(
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [("windows", "greedy and refit run the model"), ("losses", "losses run the model")],
+    [
+        ("windows", "greedy, refit and distill_epochs run the model"),
+        ("losses", "losses run the model"),
+    ],
 )
 def test_what_one_process_cannot_tell_is_refused(
     llama: Path, monkeypatch: pytest.MonkeyPatch, asked: str, message: str

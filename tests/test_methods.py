@@ -369,6 +369,7 @@ def test_all_blocks_cannot_go(folder: Path, rows: Dataset) -> None:
     [
         ({"method": "drop", "rank": 8}, "drop puts nothing .* rank"),
         ({"method": "drop", "refit": True}, "drop puts nothing .* refit"),
+        ({"method": "drop", "distill_epochs": 1}, "drop puts nothing .* distill_e"),
         ({"method": "drop", "estimator": "wo_wv"}, "drop puts nothing .* wo_wv"),
         ({"kind": "block", "input": "normalized"}, "block replaces the input norm"),
         ({"estimator": "wo_wv"}, "needs kind: attention, input: normalized"),
@@ -505,3 +506,4 @@ def test_preset_fills_in_what_has_a_meaning(
     paper = NBLModifier(num_layers=2).criterion
     assert modifier.criterion != paper
     assert (modifier.input, modifier.refit) == (input_, refit)
+    assert (modifier.distill_epochs > 0) == (modifier.method == "linear")

@@ -96,7 +96,9 @@ def test_saving_changes_nothing(run: Run, tmp_path: Path) -> None:
         torch.testing.assert_close(maps(saving)[index], weight, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("fields", [{"selection": "greedy"}, {"refit": True}])
+@pytest.mark.parametrize(
+    "fields", [{"selection": "greedy"}, {"refit": True}, {"distill_epochs": 1}]
+)
 def test_what_runs_the_model_again_needs_the_data(
     run: Run, saved: Path, fields: dict[str, Any]
 ) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from loguru import logger
 
 from nbl_modifier import NBLModifier, data
 from nbl_modifier.report.schema import LayerResult, NBLReport
@@ -75,15 +74,6 @@ def windows() -> Dataset:
     """Return Python source for the demo model, to which every replacement does harm."""
     texts = data.stdlib_texts("calibration")
     return data.pack(texts, demo_tokenizer(), seq_length=128, num_sequences=16)
-
-
-@pytest.fixture
-def logged() -> Iterator[list[str]]:
-    """Collect what is logged."""
-    messages: list[str] = []
-    sink = logger.add(lambda message: messages.append(message.record["message"]))
-    yield messages
-    logger.remove(sink)
 
 
 # --- criteria -------------------------------------------------------------------------
@@ -507,7 +497,7 @@ def test_preset_fills_in_what_is_not_given(llama: Path, rows: Dataset) -> None:
     model, report = run(llama, rows, num_layers=2, preset="best")
     spelled_out = {
         name: getattr(modifier, name)
-        for name in ("criterion", "selection", "refit", "input", "dampening_frac")
+        for name in ("criterion", "selection", "refit", "distill_epochs", "input")
     }
     same, _ = run(llama, rows, num_layers=2, **spelled_out)
     assert linearized(model) == linearized(same) == report.selected_layers

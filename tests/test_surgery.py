@@ -248,8 +248,12 @@ def test_trial_leaves_the_model_as_it_was(
     files = sorted(tmp_path.iterdir())
     logits = logits_of(model)
     layers = model.model.layers
-    with replaced(layers, LLAMA, {INDEX: trial}):
+    with replaced(layers, LLAMA, {INDEX: trial}) as undone:
         alone = logits_of(model)
+        with undone():
+            assert list(model.named_modules()) == modules
+            assert torch.equal(logits_of(model), logits)
+        assert torch.equal(logits_of(model), alone)
         with replaced(layers, LLAMA, {0: trial}):
             assert not torch.equal(logits_of(model), alone)
         assert torch.equal(logits_of(model), alone)

@@ -69,3 +69,21 @@ def test_selection_keeps_masks_with_their_batches() -> None:
     assert chosen.loss_masks is not None
     assert [int(mask[0, 0]) for mask in chosen.loss_masks] == [1, 3]
     assert Windows(batches).select([0]).loss_masks is None
+
+
+def test_one_by_one() -> None:
+    tokens = torch.arange(6).reshape(2, 3)
+    batches = [{"input_ids": tokens, "attention_mask": tokens > 0}]
+    masks = [torch.tensor([[0, 0, 1], [1, 1, 1]])]
+    single = Windows(batches, masks, placeholder=9).one_by_one()
+    assert [batch["input_ids"].tolist() for batch in single.batches] == [
+        [[0, 1, 2]],
+        [[3, 4, 5]],
+    ]
+    whole = torch.cat([single.targets(0), single.targets(1)])
+    assert torch.equal(whole, Windows(batches, masks, placeholder=9).targets(0))
+    assert Windows(batches).one_by_one().loss_masks is None
+    # pieces of images, as many as there are: no telling which window they are of
+    images = {"input_ids": tokens, "pixel_values": torch.zeros(5, 3, 4, 4)}
+    (kept,) = Windows([images]).one_by_one().batches
+    assert kept["input_ids"].shape == (2, 3)

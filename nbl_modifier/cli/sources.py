@@ -100,8 +100,7 @@ def use_statistics(args: argparse.Namespace, recipe: Recipe) -> bool:
         if args.statistics or args.save_statistics:
             modifier.statistics = args.statistics
             modifier.save_statistics = args.save_statistics
-        runs_again = modifier.refit or modifier.selection == "greedy"
-        needs_data |= modifier.statistics is None or runs_again
+        needs_data |= modifier.statistics is None or modifier.runs_again
     asked = args.statistics or args.save_statistics
     if asked and not any(isinstance(each, NBLModifier) for each in recipe.modifiers):
         raise ValueError(

@@ -82,6 +82,7 @@ class HeldoutResult:
     :param path: after each layer in the order of the ranking, where measured
     :param replaced: with all chosen layers replaced
     :param refitted: the same after the refit, if there was one
+    :param distilled: the same after the distillation, if there was one
     """
 
     num_windows: int
@@ -90,6 +91,7 @@ class HeldoutResult:
     path: list[float | None]
     replaced: float
     refitted: float | None = None
+    distilled: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +120,7 @@ class NBLReport:
         linearized already
     :param selection: ``one_shot`` or ``greedy``
     :param refit: whether the chosen layers were fitted again, on each other's output
+    :param distill_epochs: how often the maps were trained over the calibration windows
     :param binding: the limit that ended the choice, in words
     :param heldout: perplexities on held-out windows, if there were any
     :param training: how the weights were trained after the layers were replaced, in
@@ -147,6 +150,7 @@ class NBLReport:
     previous: NBLReport | None = None
     selection: str = "one_shot"
     refit: bool = False
+    distill_epochs: int = 0
     binding: str | None = None
     heldout: HeldoutResult | None = None
     training: str | None = None

@@ -97,7 +97,9 @@ def _method(report: NBLReport) -> str:
     """Return how layers were chosen and fitted, where not as in the paper."""
     words = [report.criterion]
     words += [report.selection] if report.selection != "one_shot" else []
-    return ", ".join([*words, "refit"] if report.refit else words)
+    words += ["refit"] if report.refit else []
+    words += ["distilled"] if report.distill_epochs else []
+    return ", ".join(words)
 
 
 def _per_checkpoint(

@@ -81,11 +81,13 @@ def _summary(report: NBLReport) -> list[str]:
     """Return what was done, and on what grounds."""
     greedily = ", greedily" if report.selection == "greedy" else ""
     refitted = ", refitted" if report.refit else ""
+    distilled = ", distilled" if report.distill_epochs else ""
     low_rank = "" if report.rank is None else f", rank {report.rank}"
     reads = "" if report.method == "drop" else f", input {report.input}{low_rank}"
     lines = [
         f"NBL on {report.model}: {report.num_replaced} of {report.num_hidden_layers} "
-        f"{report.subject} {report.outcome.split()[0]}{refitted}, "
+        f"{report.subject} {report.outcome.split()[0]}{refitted}"
+        f"{distilled}, "
         f"ranked by {report.criterion}{greedily}{reads}"
     ]
     if report.heldout is not None:
@@ -99,7 +101,9 @@ def _heldout(heldout: HeldoutResult) -> str:
         f"({heldout.num_tokens:,} tokens): {heldout.base:.3f} before, "
         f"{heldout.replaced:.3f} after ({heldout.replaced / heldout.base - 1:+.2%})"
     )
-    if heldout.refitted is None:
-        return text
-    change = heldout.refitted / heldout.base - 1
-    return f"{text}, {heldout.refitted:.3f} refitted ({change:+.2%})"
+    for how in ("refitted", "distilled"):
+        perplexity = getattr(heldout, how)
+        if perplexity is not None:
+            change = perplexity / heldout.base - 1
+            text += f", {perplexity:.3f} {how} ({change:+.2%})"
+    return text

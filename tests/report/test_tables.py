@@ -58,10 +58,10 @@ def test_what_was_measured_on_held_out_windows_is_shown() -> None:
     assert (
         len({len(row.split(" | ")) for row in markdown_table(report).split("\n")}) <= 2
     )
-    heldout = dataclasses.replace(heldout, refitted=11.0)
+    heldout = dataclasses.replace(heldout, refitted=11.0, distilled=10.5)
     report = dataclasses.replace(
-        report, heldout=heldout, refit=True, selection="greedy"
+        report, heldout=heldout, refit=True, distill_epochs=4, selection="greedy"
     )
     summary, perplexity, *_ = ranking_table(report).splitlines()
-    assert "replaced, refitted, ranked by cca_bound, greedily" in summary
-    assert perplexity.endswith("11.000 refitted (+10.00%)")
+    assert "replaced, refitted, distilled, ranked by cca_bound, greedily" in summary
+    assert perplexity.endswith("11.000 refitted (+10.00%), 10.500 distilled (+5.00%)")
