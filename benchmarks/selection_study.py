@@ -33,9 +33,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import architecture_of
 from nbl_modifier.calibration import Calibration
 from nbl_modifier.data import pack, stdlib_texts
+from nbl_modifier.distillation import Distillation
 from nbl_modifier.evaluation import PerplexityResult
 from nbl_modifier.forward import PartialForward
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
@@ -62,6 +64,7 @@ class Setting:
     :param method: ``linear`` or ``drop``
     :param rank: of the maps; None: full
     :param dampening_frac: of C_xx
+    :param distill_epochs: how often the maps are trained over the windows
     """
 
     criterion: str = "cca_bound"
@@ -72,6 +75,7 @@ class Setting:
     method: Literal["linear", "drop"] = "linear"
     rank: int | None = None
     dampening_frac: float = 0.0
+    distill_epochs: int = 0
 
     @property
     def spec(self) -> LinearizedLayer:
@@ -81,7 +85,7 @@ class Setting:
     @property
     def ranking(self) -> Setting:
         """What decides about the layers: maps of full rank, whatever they end up as."""
-        return replace(self, refit=False, rank=None)
+        return replace(self, refit=False, rank=None, distill_epochs=0)
 
     @property
     def fit(self) -> Setting:
@@ -92,11 +96,15 @@ class Setting:
 
 
 PAPER = Setting()
-BEST = Setting("loss", "greedy", True, "normalized")
+CLOSED_FORM = Setting("loss", "greedy", True, "normalized")
+BEST = replace(CLOSED_FORM, distill_epochs=4)
+DISTILLED_PAPER = replace(PAPER, distill_epochs=4)
 DAMPENING = (0.01, 0.05, 0.2)
+VARIANTS = {"paper": PAPER, "closed form": CLOSED_FORM, "best": BEST}
 NAMED = {
     "paper": PAPER,
     "preset best": BEST,
+    "preset best, in closed form": CLOSED_FORM,
     "attention DROP": Setting("cosine", method="drop"),
     "block NBL": Setting(kind="block"),
     "block DROP": Setting("cosine", kind="block", method="drop"),
@@ -198,6 +206,20 @@ class Case:
     def _replacements(
         self, setting: Setting, layers: frozenset[int]
     ) -> Mapping[int, Replacement]:
+        if setting.distill_epochs:
+            start = self._replacements(replace(setting, distill_epochs=0), layers)
+            fitted_on = set(range(len(self._windows.batches))) - self._held_out
+            distillation = Distillation(
+                self._forward,
+                self._architecture,
+                self._windows.select(fitted_on),
+                self._trials,
+            )
+            epochs, rate = (
+                setting.distill_epochs,
+                NBLModifier(num_layers=1).distill_rate,
+            )
+            return distillation.run(start, epochs, rate)[0]
         if setting.refit:
             key = (setting.spec, setting.dampening_frac, layers)
             if key not in self._refits:
@@ -263,7 +285,7 @@ def main_settings() -> list[Setting]:
             for criterion in ("cca_bound", "residual_nmse", "kl")
         ]
         settings += [Setting(c, "greedy", refit, "normalized") for c in ("loss", "kl")]
-    return settings
+    return [*settings, DISTILLED_PAPER, BEST]
 
 
 class Store:
@@ -335,7 +357,7 @@ class Tables:
 
     def main(self, settings: Sequence[Setting], layers: Sequence[int]) -> str:
         """Return perplexity over the base model's by setting and number of layers."""
-        fields = ("criterion", "selection", "refit", "input")
+        fields = ("criterion", "selection", "refit", "distill_epochs", "input")
         rows = []
         for setting in settings:
             cells = [self._ratios(setting, m) for m in layers]
@@ -353,13 +375,18 @@ class Tables:
         return table(["method", *(f"m = {m}" for m in layers)], rows)
 
     def recovered(self, layers: Sequence[int]) -> str:
-        """Return how much of what the paper's settings lose the best ones keep."""
-        row = ["preset best"]
-        for m in layers:
-            pairs = zip(self._ratios(PAPER, m), self._ratios(BEST, m), strict=True)
-            parts = [(paper - best) / (paper - 1) for paper, best in pairs]
-            row.append(mean_and_error(parts))
-        return table(["part kept", *(f"m = {m}" for m in layers)], [row])
+        """Return how much of what the paper's settings lose other ones keep."""
+        rows = []
+        for name in ("preset best", "preset best, in closed form"):
+            row = [name]
+            for m in layers:
+                pairs = zip(
+                    self._ratios(PAPER, m), self._ratios(NAMED[name], m), strict=False
+                )
+                parts = [(paper - ratio) / (paper - 1) for paper, ratio in pairs]
+                row.append(mean_and_error(parts))
+            rows.append(row)
+        return table(["part kept", *(f"m = {m}" for m in layers)], rows)
 
     def over(
         self, name: str, values: Mapping[str, tuple[Setting, int | None]], m: int
@@ -410,7 +437,7 @@ def run_case(
     name = Path(path).name
     missing = [
         (setting, m)
-        for setting, m in wanted
+        for setting, m in dict.fromkeys(wanted)
         if store.lacks((name, seed, num_windows), setting, m)
     ]
     if not missing:
@@ -430,16 +457,16 @@ def main() -> int:
     store = Store(args.json)
     largest = max(args.m)
     settings = main_settings()
-    ranked = [replace(s, rank=rank) for s in (PAPER, BEST) for rank in args.ranks]
-    damped = [replace(BEST, dampening_frac=frac) for frac in DAMPENING]
+    ranked = [replace(s, rank=r) for s in VARIANTS.values() for r in args.ranks]
+    damped = [replace(CLOSED_FORM, dampening_frac=frac) for frac in DAMPENING]
     for seed in args.seeds:
         for path in args.models:
             wanted = [(setting, m) for setting in NAMED.values() for m in args.m]
             wanted += [(setting, largest) for setting in (*settings, *ranked, *damped)]
             run_case(path, seed, args.num_windows, wanted, args, store)
             for size in args.sizes:
-                both = [(PAPER, largest), (BEST, largest)]
-                run_case(path, seed, size, both, args, store)
+                every = [(setting, largest) for setting in VARIANTS.values()]
+                run_case(path, seed, size, every, args, store)
     for path in args.models:
         print_tables(Path(path).name, store, args)
     return 0
@@ -457,11 +484,10 @@ def print_tables(name: str, store: Store, args: argparse.Namespace) -> None:
     print(tables.recovered(args.m))
     print(tables.main(settings, [largest]))
     sizes = [*args.sizes, args.num_windows]
-    variants = {"paper": PAPER, "best": BEST}
     print(
         tables.over(
             "calibration windows",
-            {f"{n} {size}": (s, size) for n, s in variants.items() for size in sizes},
+            {f"{n} {size}": (s, size) for n, s in VARIANTS.items() for size in sizes},
             largest,
         )
     )
@@ -470,15 +496,17 @@ def print_tables(name: str, store: Store, args: argparse.Namespace) -> None:
             "rank",
             {
                 f"{n} {rank or 'full'}": (replace(s, rank=rank), None)
-                for n, s in variants.items()
+                for n, s in VARIANTS.items()
                 for rank in [*args.ranks, None]
             },
             largest,
         )
     )
-    fractions = sorted({*DAMPENING, BEST.dampening_frac})
-    damped = {f"{f:g}": (replace(BEST, dampening_frac=f), None) for f in fractions}
-    print(tables.over("best, dampening_frac", damped, largest))
+    fractions = sorted({*DAMPENING, CLOSED_FORM.dampening_frac})
+    damped = {
+        f"{f:g}": (replace(CLOSED_FORM, dampening_frac=f), None) for f in fractions
+    }
+    print(tables.over("closed form, dampening_frac", damped, largest))
 
 
 if __name__ == "__main__":
