@@ -380,11 +380,10 @@ class Tables:
         for name in ("preset best", "preset best, in closed form"):
             row = [name]
             for m in layers:
-                pairs = zip(
-                    self._ratios(PAPER, m), self._ratios(NAMED[name], m), strict=False
-                )
-                parts = [(paper - ratio) / (paper - 1) for paper, ratio in pairs]
-                row.append(mean_and_error(parts))
+                paper, kept = self._ratios(PAPER, m), self._ratios(NAMED[name], m)
+                if len(paper) == len(kept):  # else the study is not at its end
+                    pairs = zip(paper, kept, strict=True)
+                    row.append(mean_and_error([(p - k) / (p - 1) for p, k in pairs]))
             rows.append(row)
         return table(["part kept", *(f"m = {m}" for m in layers)], rows)
 
