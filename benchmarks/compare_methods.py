@@ -59,6 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "block NBL": {"kind": "block"},
     "W_oW_v": {"estimator": "wo_wv", "input": "normalized"},
     PAPER: {},
+    "NBL (best, closed form)": {"preset": "best", "distill_epochs": 0},
     BEST: {"preset": "best"},
     # As many weights as full rank, in two layers; and half as many.
     "NBL (best, half rank)": {"preset": "best", "rank": 0.5},
