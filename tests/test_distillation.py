@@ -32,6 +32,7 @@ from tests.tiny_llama import (
     load_on_disk,
     token_rows,
 )
+from tests.work import count_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -246,6 +247,33 @@ def test_steps_are_as_large_as_said(tiny_models: TinyModels) -> None:
         expected = torch.full_like(moved, step)
         # differences of float32 numbers of up to 1
         torch.testing.assert_close(moved.abs(), expected, rtol=0.01, atol=1e-6)
+
+
+def test_an_epoch_costs_five_forward_passes(tiny_models: TinyModels) -> None:
+    """And two over the held-out windows; both of the original model's size."""
+    model = load(tiny_models("llama")).eval()
+    architecture = architecture_of("llama")
+    forward = PartialForward(model, architecture)
+    windows = Windows(padded_batches(8))
+    trials = Trials(forward, architecture, windows.select([0]))
+    distillation = Distillation(forward, architecture, windows, trials)
+    with count_flops() as passes:
+        for batch in windows.batches:
+            forward.logits(batch)
+    start = {index: dense(index, model.config.hidden_size) for index in (1, 2)}
+    flops = []
+    for epochs in (1, 2):
+        with count_flops() as counted:
+            distillation.run(start, epochs=epochs, rate=0.1)
+        flops.append(counted.get_total_flops())
+    epoch, pass_ = flops[1] - flops[0], passes.get_total_flops()
+    # the factors of each map are multiplied at every step, however short its window
+    d, steps = (
+        model.config.hidden_size,
+        sum(len(b["input_ids"]) for b in windows.batches),
+    )
+    products = steps * len(start) * 3 * 2 * d**3
+    assert epoch - products < (5 + 2 / 8) * pass_
 
 
 def test_failure_leaves_the_model_as_it_was(
