@@ -66,9 +66,9 @@ class Distillation:
         """
         Return the trained replacements, and how they do on the held-out windows.
 
-        Adam, one window a step. Its steps are a part of each map's own spread, over d:
-        whatever the width, the first one changes an output by at most ``rate`` times
-        its standard deviation, if all inputs agree.
+        Adam, one window a step. Steps are in proportion to each map's own spread, over
+        d: whatever the width, the first step of either factor moves an output by about
+        ``rate`` times its standard deviation, should all weights push the same way.
 
         :param replacements: with weights, by decoder layer index
         :param epochs: passes over the windows, >= 1
@@ -248,12 +248,21 @@ class _TrainedMap:
         return replace(self._start, weight=weight, bias=bias, reduce=reduce)
 
     def _stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return weight, bias and ``reduce`` as of :class:`Replacement`."""
+        """
+        Return weight, bias and ``reduce`` as of :class:`Replacement`.
+
+        The bias is that of the rounded weights: a large mean times their rounding
+        errors would shift every output, another way at each step.
+        """
+        dtype, wide = self._dtype, self._bias.dtype
         expand, inner = self._expand, self._inner / self._spread
-        bias = (self._bias - expand @ (inner @ self._mean)).to(self._dtype)
         if self._start.reduce is None:
-            return (expand @ inner).to(self._dtype), bias, None
-        return expand.to(self._dtype), bias, inner.to(self._dtype)
+            weight, reduce = (expand @ inner).to(dtype), None
+            shift = weight.to(wide) @ self._mean
+        else:
+            weight, reduce = expand.to(dtype), inner.to(dtype)
+            shift = weight.to(wide) @ (reduce.to(wide) @ self._mean)
+        return weight, (self._bias - shift).to(dtype), reduce
 
 
 class _ChannelSums:
