@@ -147,11 +147,20 @@ class Case:
     :param seed: of the calibration text
     :param num_windows: calibration windows
     :param args: sizes, from the command line
+    :param rows: what was measured on the same before
     """
 
     def __init__(
-        self, path: str, seed: int, num_windows: int, args: argparse.Namespace
+        self,
+        path: str,
+        seed: int,
+        num_windows: int,
+        args: argparse.Namespace,
+        rows: Iterable[Row] = (),
     ) -> None:
+        self._known = {
+            (row.setting.ranking, row.num_layers): row.layers for row in rows
+        }
         self.name, self.seed, self.num_windows = Path(path).name, seed, num_windows
         self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto"
@@ -185,7 +194,10 @@ class Case:
 
     def measure(self, setting: Setting, num_layers: int) -> Row:
         """Return the perplexity with ``num_layers`` layers replaced."""
-        layers = frozenset(self._path(setting.ranking, num_layers)[:num_layers])
+        known = self._known.get((setting.ranking, num_layers))
+        if known is None or not setting.refit:
+            known = tuple(self._path(setting.ranking, num_layers)[:num_layers])
+        layers = frozenset(known)
         key = (setting.fit, layers)
         if key not in self._results:
             self._results[key] = self._test.loss(self._replacements(setting, layers))
@@ -441,7 +453,12 @@ def run_case(
     ]
     if not missing:
         return
-    case = Case(path, seed, num_windows, args)
+    rows = [
+        row
+        for row in store.rows
+        if (row.model, row.seed, row.num_windows) == (name, seed, num_windows)
+    ]
+    case = Case(path, seed, num_windows, args, rows)
     label = f"{name}, seed {seed}, {num_windows} windows"
     # the longest greedy path first: the shorter ones are part of it
     for setting, m in tqdm(sorted(missing, key=lambda pair: -pair[1]), label):

@@ -26,8 +26,8 @@ from .architectures import Architecture
 from .forward import PartialForward, calling
 from .hf.modeling_nbl import LowRankLinear
 from .surgery import Replacement, replaced
-from .trials import Trial, Trials, divergence, target_tokens
-from .windows import Windows
+from .trials import Target, Trial, Trials, divergence, target_tokens
+from .windows import Batch, Windows
 
 __all__ = ["Distillation"]
 
@@ -36,6 +36,12 @@ _WARMUP = 32
 # Channels of x that hardly vary are trained as if they varied by this much, times the
 # root mean square over channels: their weights could grow without changing any loss.
 _LEAST_SPREAD = 1e-2
+
+
+# The part of the tokens that are exchanged for others of the calibration text, anew each
+# time. The original model says what follows in any text, so there is as much of it as
+# there are steps; without, maps learn what is particular to the windows.
+_EXCHANGED = 0.1
 
 
 class Distillation:
@@ -59,6 +65,7 @@ class Distillation:
         self._architecture = architecture
         self._windows = windows.one_by_one()
         self._trials = trials
+        self._generator = torch.Generator()
 
     def run(
         self, replacements: Mapping[int, Replacement], epochs: int, rate: float
@@ -85,12 +92,13 @@ class Distillation:
                 eps=1e-15,  # the usual 1e-8 is what gradients of a large model may be
             )
             steps = epochs * len(self._windows.batches)
+            self._generator.manual_seed(0)  # the same windows, and noise, in every run
             schedule = LambdaLR(optimizer, lambda step: _schedule(step, steps))
             with tqdm(total=steps, desc="NBL: distilling", leave=False) as bar:
                 for epoch in range(epochs):
                     with self._running(maps):
-                        for number in _order(len(self._windows.batches), epoch):
-                            self._step(number, min(maps), optimizer, undone)
+                        for batch, targets in self._epoch():
+                            self._step(batch, targets, min(maps), optimizer, undone)
                             schedule.step()
                             bar.update()
                     trained = {i: each.replacement() for i, each in maps.items()}
@@ -115,18 +123,33 @@ class Distillation:
             )
         return kept, best
 
+    def _epoch(self) -> Iterator[tuple[Batch, list[Target]]]:
+        """Yield every window once, with some of its tokens exchanged."""
+        numbers = range(len(self._windows.batches))
+        counted = [self._windows.targets(number) for number in numbers]
+        tokens = [batch["input_ids"] for batch in self._windows.batches]
+        text = torch.cat([each[c] for each, c in zip(tokens, counted, strict=True)])
+        for number in torch.randperm(len(numbers), generator=self._generator).tolist():
+            where = torch.rand(counted[number].shape, generator=self._generator)
+            # Neither padding nor pieces of images.
+            exchanged = (where < _EXCHANGED).to(text.device) & counted[number]
+            count = (int(exchanged.sum()),)
+            drawn = torch.randint(len(text), count, generator=self._generator)
+            noisy = tokens[number].masked_scatter(exchanged, text[drawn])
+            batch = {**self._windows.batches[number], "input_ids": noisy}
+            yield batch, target_tokens(self._windows, number)
+
     def _step(
         self,
-        number: int,
+        batch: Batch,
+        targets: list[Target],
         start: int,
         optimizer: torch.optim.Optimizer,
         undone: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        targets = target_tokens(self._windows, number)
         count = sum(len(target.positions) for target in targets)
         if count == 0:
             return
-        batch = self._windows.batches[number]
         with undone():
             original = self._forward.logits(batch)
         logits = self._forward.differentiable_logits(batch, start)
@@ -285,12 +308,6 @@ class _ChannelSums:
         assert self._sums is not None
         mean, square = self._sums / self._count
         return mean, (square - mean.square()).clamp_min(0.0).sqrt()
-
-
-def _order(count: int, epoch: int) -> list[int]:
-    """Return the windows in an order of their own for each epoch, always the same."""
-    generator = torch.Generator().manual_seed(epoch)
-    return torch.randperm(count, generator=generator).tolist()
 
 
 def _schedule(step: int, steps: int) -> float:

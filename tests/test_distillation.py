@@ -276,6 +276,40 @@ def test_an_epoch_costs_five_forward_passes(tiny_models: TinyModels) -> None:
     assert epoch - products < (5 + 2 / 8) * pass_
 
 
+def test_tokens_are_exchanged_where_they_count(tiny_models: TinyModels) -> None:
+    """For both models alike, for others of the text, anew in each epoch."""
+    model = load(tiny_models("llama")).eval()
+    architecture = architecture_of("llama")
+    forward = PartialForward(model, architecture)
+    batches = padded_batches(40)
+    for batch in batches:  # pieces of an image: 1 is the placeholder
+        batch["input_ids"][:, 10:13] = 1
+    windows = Windows(batches, placeholder=1)
+    trials = Trials(forward, architecture, windows.select([0]))
+    seen: list[Tensor] = []
+    model.model.embed_tokens.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0]) if len(args[0]) == 1 else None
+    )
+    replacement = {1: dense(1, model.config.hidden_size)}
+    Distillation(forward, architecture, windows, trials).run(replacement, 2, 0.1)
+    tokens = torch.cat([batch["input_ids"] for batch in batches])
+    counted = torch.cat([windows.targets(number) for number in range(40)])
+    one_by_one, pairs = seen[:80], torch.cat(seen[80:]).view(2, 80, 2, 24)
+    assert torch.equal(torch.cat(one_by_one), tokens)
+    assert torch.equal(pairs[:, :, 0], pairs[:, :, 1])
+    epochs = []
+    for trained in pairs[:, :, 0]:
+        # the window that most of the tokens are of
+        same = (trained[:, None] == tokens[None]).sum(-1).argmax(-1)
+        assert sorted(same.tolist()) == list(range(80))
+        epochs.append(trained[same.argsort()])
+        exchanged = epochs[-1] != tokens
+        assert not (exchanged & ~counted).any()
+        assert 0.07 < exchanged.sum() / counted.sum() < 0.13
+        assert set(epochs[-1][exchanged].tolist()) <= set(tokens[counted].tolist())
+    assert not torch.equal(*epochs)
+
+
 def test_failure_leaves_the_model_as_it_was(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
