@@ -38,9 +38,9 @@ _WARMUP = 32
 _LEAST_SPREAD = 1e-2
 
 
-# The part of the tokens that are exchanged for others of the calibration text, anew each
-# time. The original model says what follows in any text, so there is as much of it as
-# there are steps; without, maps learn what is particular to the windows.
+# The part of the tokens that are exchanged for others of the calibration text, anew in
+# each epoch. The original model says what follows in any text; on the same windows over
+# and over, maps learn what is particular to them.
 _EXCHANGED = 0.1
 
 
