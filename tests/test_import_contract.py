@@ -48,9 +48,13 @@ LAYERS = {
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
     "search": Layer(
-        ours="passes trials calibration forward preflight surgery windows evaluation"
-        " report architectures selection",
+        ours="distillation passes trials calibration forward preflight surgery windows"
+        " evaluation report architectures selection",
         packages="llmcompressor loguru torch",
+    ),
+    "distillation": Layer(
+        ours="trials forward surgery windows hf architectures",
+        packages="loguru torch tqdm",
     ),
     "passes": Layer(
         ours="calibration forward surgery windows architectures",
