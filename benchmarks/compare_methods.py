@@ -61,9 +61,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     PAPER: {},
     "NBL (best, closed form)": {"preset": "best", "distill_epochs": 0},
     BEST: {"preset": "best"},
-    # As many weights as full rank, in two layers; and half as many.
+    # As many weights as full rank, in two layers.
     "NBL (best, half rank)": {"preset": "best", "rank": 0.5},
-    "NBL (best, quarter rank)": {"preset": "best", "rank": 0.25},
 }
 
 
