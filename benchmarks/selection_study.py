@@ -393,9 +393,9 @@ class Tables:
             row = [name]
             for m in layers:
                 paper, kept = self._ratios(PAPER, m), self._ratios(NAMED[name], m)
-                if len(paper) == len(kept):  # else the study is not at its end
-                    pairs = zip(paper, kept, strict=True)
-                    row.append(mean_and_error([(p - k) / (p - 1) for p, k in pairs]))
+                # of as many seeds, unless the study is not at its end
+                pairs = zip(paper, kept, strict=True) if len(paper) == len(kept) else ()
+                row.append(mean_and_error([(p - k) / (p - 1) for p, k in pairs]))
             rows.append(row)
         return table(["part kept", *(f"m = {m}" for m in layers)], rows)
 
