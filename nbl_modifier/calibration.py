@@ -371,24 +371,27 @@ class Calibration:
 
     def _solve_pending(self) -> None:
         """Solve what this process owns; what fails is told to the others later."""
-        pending, self._pending = self._pending, {}
-        for index, statistics in pending.items():
+        for index in sorted(self._pending):
             with self._failing():
-                if statistics is None:
-                    self._solve_stored(index)
-                else:
-                    self._solve_measured(index, *statistics)
+                self._solve(index, *self._take_moments(index))
 
-    def _solve_stored(self, index: int) -> None:
-        assert self._store is not None
-        device = execution_device(self._attention(index))
-        fit, heldout = self._store.load(index)
-        heldout = None if heldout is None else heldout.to(device)
-        self._solve(index, *self._divided(fit.to(device), heldout), 0.0)
+    def _take_moments(
+        self, index: int
+    ) -> tuple[LayerMoments, numerics.CovarianceStats | None, float]:
+        """
+        Turn a pending layer's sums, which are freed, into moments; or read these.
 
-    def _solve_measured(
-        self, index: int, statistics: LayerStatistics, held_out: _Heldout | None
-    ) -> None:
+        :return: the moments to fit on, those that measure the error, if any, and the
+            seconds that they took
+        """
+        sums = self._pending.pop(index)
+        if sums is None:
+            assert self._store is not None
+            device = execution_device(self._attention(index))
+            fit, stored = self._store.load(index)
+            stored = None if stored is None else stored.to(device)
+            return *self._divided(fit.to(device), stored), 0.0
+        statistics, held_out = sums
         try:
             fit = statistics.finalize()
             heldout = None if held_out is None else held_out.finalize()
@@ -398,7 +401,7 @@ class Calibration:
             if self._store is not None:
                 self._store.save(index, self._names[index], fit, heldout)
             fit, heldout = self._divided(fit, heldout)
-        self._solve(index, fit, heldout, statistics.seconds)
+        return fit, heldout, statistics.seconds
 
     def _divided(
         self, fit: LayerMoments, heldout: LayerMoments | None

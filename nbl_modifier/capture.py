@@ -113,8 +113,8 @@ class LayerStatistics:
 
     The estimator maps X to the attention output A, the CCA bound relates the residual
     stream R to R + A; NBL, arXiv:2505.21077, Algorithms 1 and 2. With X = R
-    (``input: residual``) three ``[d, d]`` float64 matrices hold all of it, with
-    X = norm(R) (``normalized``) five.
+    (``input: residual``) ``2 d^2`` float64 values hold all of it, of a full matrix and
+    two symmetric ones; with X = norm(R) (``normalized``) ``3.5 d^2``.
 
     :param name: module name, for errors
     :param hidden_size: d
@@ -196,8 +196,8 @@ class HeldoutStatistics:
     """
     Moments of one attention layer's held-out tokens, streamed batch by batch.
 
-    Only what the error of a map from X to A depends on: two ``[d, d]`` float64
-    matrices. Methods as those of :class:`LayerStatistics`.
+    Only what the error of a map from X to A depends on: ``1.5 d^2`` float64 values.
+    Methods as those of :class:`LayerStatistics`.
 
     :param name: module name, for errors
     :param hidden_size: d

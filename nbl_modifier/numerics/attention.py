@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cca import nmse_bound
+from .cca import nmse_bound_from_half_
 from .lmmse import LinearMap
 from .psd import damped_cholesky
 from .stats import CovarianceStats
@@ -47,13 +47,17 @@ def solve_attention(
         ``dampening_frac`` is negative
     :raises torch.linalg.LinAlgError: if a covariance cannot be factored
     """
-    residual = stats.plus_input()
+    residual = stats.cov_plus_input()
+    variance = float(residual.diagonal().sum())
+    factor_residual = damped_cholesky(residual, dampening_frac)
+    del residual  # as large as each of the factors
     factor = damped_cholesky(stats.cov_xx, dampening_frac)
     half = factor.half_solve(stats.cov_yx.mT)
-    shared = None
     if factor.exact:  # L^-1 C_xx is L^T only then; L = diag(scale) @ factor.factor
         shared = torch.addcmul(half, factor.factor.mT, factor.scale)
-    bound = nmse_bound(residual, dampening_frac, factor_xx=factor, half=shared)
+    else:
+        shared = factor.half_solve((stats.cov_yx + stats.cov_xx).mT)
+    bound = nmse_bound_from_half_(factor_residual, shared)
     weight = factor.back_solve_(half).mT
     linear_map = LinearMap(weight, stats.mean_x, stats.mean_y, factor.dampening_frac)
-    return AttentionSolution(linear_map, bound, float(residual.var_y.sum()))
+    return AttentionSolution(linear_map, bound, variance)

@@ -16,7 +16,6 @@ def nmse_bound(
     dampening_frac: float = 0.0,
     *,
     factor_xx: DampedCholesky | None = None,
-    half: Tensor | None = None,
 ) -> float:
     """
     Return the upper bound on the NMSE of the best linear map from x to y.
@@ -35,16 +34,28 @@ def nmse_bound(
         mean diagonal, >= 0
     :param factor_xx: ``damped_cholesky(stats.cov_xx, ...)``, where the caller has it;
         ``dampening_frac`` is then used for ``cov_yy`` only
-    :param half: ``L_x^-1 C_xy``, ``[d_in, d_out]``, where the caller has it; replaces
-        ``factor_xx``
     :return: dimensionless, in ``[0, d_out]``; not divided by ``d_out``
     :raises ValueError: if ``stats.cov_yy`` is None, ``dampening_frac`` is negative or
         ``factor_xx`` does not fit
     :raises torch.linalg.LinAlgError: if a covariance cannot be factored
     """
-    M = _whitened_cross_covariance(stats, dampening_frac, factor_xx, half)
+    return _bound_of(_whitened_cross_covariance(stats, dampening_frac, factor_xx))
+
+
+def nmse_bound_from_half_(factor_yy: DampedCholesky, half: Tensor) -> float:
+    """
+    Return :func:`nmse_bound` of a caller that has half of it.
+
+    :param factor_yy: ``damped_cholesky(cov_yy, ...)``
+    :param half: ``L_x^-1 C_xy``, ``[d_in, d_out]``, float64; overwritten
+    :return: dimensionless, in ``[0, d_out]``
+    """
+    return _bound_of(factor_yy.half_solve_(half.mT))
+
+
+def _bound_of(whitened: Tensor) -> float:
     # Where x determines y the two terms are equal up to rounding; no NMSE is below 0.
-    return max(0.0, M.shape[0] - float(torch.linalg.vector_norm(M)) ** 2)
+    return max(0.0, whitened.shape[0] - float(torch.linalg.vector_norm(whitened)) ** 2)
 
 
 def canonical_correlations(
@@ -62,7 +73,7 @@ def canonical_correlations(
     :raises ValueError: if ``stats.cov_yy`` is None or ``dampening_frac`` is negative
     :raises torch.linalg.LinAlgError: if a covariance cannot be factored
     """
-    M = _whitened_cross_covariance(stats, dampening_frac, None, None)
+    M = _whitened_cross_covariance(stats, dampening_frac, None)
     # A correlation of 1 is computed as 1 + rounding error.
     return torch.linalg.svdvals(M).clamp_(max=1.0)
 
@@ -89,13 +100,10 @@ def _whitened_cross_covariance(
     stats: CovarianceStats,
     dampening_frac: float,
     factor_xx: DampedCholesky | None,
-    half: Tensor | None,
 ) -> Tensor:
     if stats.cov_yy is None:
         raise ValueError(NO_COV_YY.format(what="CCA"))
     factor_yy = damped_cholesky(stats.cov_yy, dampening_frac)
-    if half is None:
-        if factor_xx is None:
-            factor_xx = damped_cholesky(stats.cov_xx, dampening_frac)
-        half = factor_xx.half_solve(stats.cov_yx.mT)
-    return factor_yy.half_solve(half.mT)
+    if factor_xx is None:
+        factor_xx = damped_cholesky(stats.cov_xx, dampening_frac)
+    return factor_yy.half_solve_(factor_xx.half_solve(stats.cov_yx.mT).mT)

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .gram import add_cross_, add_gram_, mirror_lower_
+from .gram import PackedGram, add_cross_
 from .stats import CovarianceStats, NonFiniteError
 
 # A channel whose standard deviation is below this many units in the last place of
@@ -61,10 +61,10 @@ class CovarianceAccumulator:
         self._num_tokens = 0
         self._mean_x = self._zeros(d_in)
         self._mean_y = self._zeros(d_out)
-        # Sums of products of centred values; of xx and yy the lower triangle.
-        self._sum_xx = self._zeros(d_in, d_in)
+        # Sums of products of centred values.
+        self._sum_xx = PackedGram(d_in, self._device)
         self._sum_yx = self._zeros(d_out, d_in)
-        self._sum_yy = self._zeros(d_out, d_out) if track_cov_yy else None
+        self._sum_yy = PackedGram(d_out, self._device) if track_cov_yy else None
         self._sum_y2 = self._zeros(d_out)  # the diagonal, where sum_yy is not kept
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -78,8 +78,7 @@ class CovarianceAccumulator:
     @property
     def nbytes(self) -> int:
         """Bytes of the float64 matrices, on ``device``; vectors are not counted."""
-        sums = (self._sum_xx, self._sum_yx, self._sum_yy)
-        return sum(total.nbytes for total in sums if total is not None)
+        return sum(total.nbytes for total in self._matrices())
 
     def update(self, x: Tensor, y: Tensor) -> Self:
         """
@@ -124,19 +123,17 @@ class CovarianceAccumulator:
         :return: self
         :raises ValueError: if widths or ``track_cov_yy`` differ
         """
-        mine, theirs = self._signature(), other._signature()
-        if mine != theirs:
+        mine, others = self._signature(), other._signature()
+        if mine != others:
             raise ValueError(
                 "merge: expected the same (d_in, d_out, track_cov_yy), "
-                f"got {theirs} to merge into {mine}."
+                f"got {others} to merge into {mine}."
             )
         if other._num_tokens == 0:
             return self
-        self._sum_xx += other._sum_xx.to(self._device)
-        self._sum_yx += other._sum_yx.to(self._device)
+        for total, theirs in zip(self._matrices(), other._matrices(), strict=True):
+            total += theirs.to(self._device)
         self._sum_y2 += other._sum_y2.to(self._device)
-        if self._sum_yy is not None and other._sum_yy is not None:
-            self._sum_yy += other._sum_yy.to(self._device)
         self._join(
             other._num_tokens,
             other._mean_x.to(self._device),
@@ -171,14 +168,13 @@ class CovarianceAccumulator:
         weight = math.sqrt(self._num_tokens)
         shift_x = ((self._mean_x - mean_x) * weight)[None]
         shift_y = ((self._mean_y - mean_y) * weight)[None]
-        add_gram_(self._sum_xx, shift_x)
+        self._sum_xx.add_(shift_x)
         add_cross_(self._sum_yx, shift_y, shift_x)
         self._sum_y2 += shift_y[0].square()
         if self._sum_yy is not None:
-            add_gram_(self._sum_yy, shift_y)
-        for matrix in (self._sum_xx, self._sum_yx, self._sum_yy, self._sum_y2):
-            if matrix is not None:
-                collect(matrix)
+            self._sum_yy.add_(shift_y)
+        for total in (*self._matrices(), self._sum_y2):
+            collect(total)
         self._mean_x, self._mean_y = mean_x, mean_y
         self._num_tokens = int(count)
         return self
@@ -197,9 +193,9 @@ class CovarianceAccumulator:
                 f"got {self._num_tokens}. Use more calibration data."
             )
         scale = 1.0 / (self._num_tokens - 1)
-        cov_xx = mirror_lower_(self._sum_xx * scale)
+        cov_xx = self._sum_xx.dense(scale)
         cov_yx = self._sum_yx * scale
-        cov_yy = None if self._sum_yy is None else mirror_lower_(self._sum_yy * scale)
+        cov_yy = None if self._sum_yy is None else self._sum_yy.dense(scale)
         var_x = cov_xx.diagonal()
         var_y = self._sum_y2 * scale if cov_yy is None else cov_yy.diagonal().clone()
         constant_x = _is_constant(self._mean_x, var_x)
@@ -217,6 +213,11 @@ class CovarianceAccumulator:
             cov_yy=cov_yy,
             var_y=var_y.masked_fill_(constant_y, 0.0),
         )
+
+    def _matrices(self) -> list[Tensor]:
+        """Return the sums as they are stored, for what is done to each value alone."""
+        matrices = [self._sum_xx.values, self._sum_yx]
+        return matrices if self._sum_yy is None else [*matrices, self._sum_yy.values]
 
     def _signature(self) -> tuple[int, int, bool]:
         d_out, d_in = self._sum_yx.shape
@@ -262,10 +263,10 @@ class CovarianceAccumulator:
 
     def _add_products(self, rows_x: Tensor, rows_y: Tensor) -> None:
         """Add the products of centred rows, in float64 or bfloat16."""
-        add_gram_(self._sum_xx, rows_x)
+        self._sum_xx.add_(rows_x)
         add_cross_(self._sum_yx, rows_y, rows_x)
         if self._sum_yy is not None:
-            add_gram_(self._sum_yy, rows_y)
+            self._sum_yy.add_(rows_y)
         else:
             # Squared norms of columns: unlike (rows_y ** 2).sum(0), no temporary.
             norm = torch.linalg.vector_norm(rows_y, dim=0, dtype=torch.float64)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Matrix products ``A^T B`` added to float64 sums, ``A^T A`` at about half the cost.
-torch has no ``syrk``, so the lower triangle is filled panel by panel.
+Matrix products ``A^T B`` added to float64 sums; ``A^T A`` at about half the cost and in
+half the memory. torch has no ``syrk``, so the triangle is filled panel by panel.
 """
 
 import torch
@@ -16,24 +16,69 @@ _CUDA_PANEL = 1024
 _CHUNK = 16384
 
 
-def add_gram_(total: Tensor, rows: Tensor) -> Tensor:
+class PackedGram:
     """
-    Add ``rows^T rows`` to the lower triangle of ``total``, in place.
+    The sum of ``A^T A`` over batches of rows A, in ``d (d + 1) / 2`` float64 values.
 
-    Blocks on the diagonal are added whole, so entries above the diagonal are
-    meaningless until :func:`mirror_lower_`.
+    Rectangular full packed format (Gustavson et al., ACM TOMS 37(2), 2010,
+    doi:10.1145/1731022.1731028): the lower half of the rows, up to the diagonal, leaves
+    room beyond it for the triangle of the upper half, transposed. Both are strided
+    matrices that BLAS adds to in place.
 
-    :param total: ``[d, d]``, written through views, never copied
-    :param rows: ``[num_rows, d]``, on the device of ``total``; its dtype or bfloat16
-    :return: ``total``
+    :param width: d
+    :param device: where the sum lives
     """
-    width = total.shape[0]
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self._top = top = width // 2
+        bottom = width - top
+        #: ``[ceil(d / 2), d + 1 - d % 2]``; sums of packed matrices are sums of these
+        self.values = torch.zeros(
+            bottom, 2 * top + 1, dtype=torch.float64, device=device
+        )
+        self._lower = self.values[:, :width]  # rows from d // 2 on
+        self._upper = self.values[:top, top + 1 :].mT  # the square before them
+
+    def add_(self, rows: Tensor) -> None:
+        """
+        Add ``rows^T rows``.
+
+        :param rows: ``[num_rows, d]``, float64 or bfloat16
+        """
+        _add_up_to_diagonal_(self._upper, rows[:, : self._top])
+        _add_up_to_diagonal_(self._lower, rows)
+
+    def dense(self, scale: float) -> Tensor:
+        """
+        Return the sum times ``scale``, ``[d, d]``, bitwise symmetric.
+
+        :param scale: dimensionless
+        """
+        top, width = self._top, self._lower.shape[1]
+        full = self.values.new_empty(width, width)
+        full[:top, :top] = self._upper
+        full[top:] = self._lower
+        return _mirror_lower_(full.mul_(scale))
+
+
+def _add_up_to_diagonal_(total: Tensor, rows: Tensor) -> None:
+    """
+    Add the last rows of ``rows^T rows``, each up to the diagonal; leave the rest alone.
+
+    :param total: ``[r, d]``, r <= d, float64, consecutive along one of its dimensions
+    :param rows: ``[num_rows, d]``, float64 or bfloat16
+    """
+    height, width = total.shape
     panel = _CUDA_PANEL if total.is_cuda else _PANEL
-    for start in range(0, width, panel):
-        stop = min(start + panel, width)
-        # Whole rows left of the diagonal: consecutive memory for BLAS to write to.
-        _add_product_(total[start:stop, :stop], rows[:, start:stop], rows[:, :stop])
-    return total
+    for start in range(0, height, panel):
+        end = min(start + panel, height)
+        first, last = width - height + start, width - height + end
+        # The product takes in the square on the diagonal whole: one product too small
+        # to run at speed less. What it does above the diagonal is undone.
+        square = total[start:end, first:last]
+        above = square.triu(1)
+        _add_product_(total[start:end, :last], rows[:, first:last], rows[:, :last])
+        square.tril_().add_(above)
 
 
 def add_cross_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -41,7 +86,7 @@ def add_cross_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     Add ``left^T right`` to ``total``, in place.
 
     :param total: ``[d_left, d_right]``
-    :param left: ``[num_rows, d_left]``, dtype and device as in :func:`add_gram_`
+    :param left: ``[num_rows, d_left]``, float64 or bfloat16, on the same device
     :param right: ``[num_rows, d_right]``, likewise
     :return: ``total``
     """
@@ -55,6 +100,8 @@ def add_cross_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.stride(0) == 1:  # for consecutive memory to write to
+        total, left, right = total.mT, right, left
     if left.dtype == total.dtype:
         total.addmm_(left.mT, right)
         return
@@ -73,7 +120,7 @@ def _float32_product(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def mirror_lower_(total: Tensor) -> Tensor:
+def _mirror_lower_(total: Tensor) -> Tensor:
     """
     Copy the lower triangle of ``total`` onto the upper one, in place.
 

@@ -62,14 +62,32 @@ class DampedCholesky:
         :return: ``[d, k]``, float64, in the memory order of ``rhs``
         :raises ValueError: if ``rhs`` does not have d rows
         """
+        self._check_rows(rhs)
+        return self._half_solve_(rhs / self.scale[:, None])
+
+    def half_solve_(self, rhs: Tensor) -> Tensor:
+        """
+        Return ``L^-1 rhs``, see :meth:`half_solve`, in the memory of ``rhs``.
+
+        :param rhs: ``[d, k]``, float64; overwritten
+        :return: ``rhs``
+        :raises ValueError: if ``rhs`` does not have d rows
+        """
+        self._check_rows(rhs)
+        return self._half_solve_(rhs.div_(self.scale[:, None]))
+
+    def _half_solve_(self, scaled: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(
+            self.factor, scaled, upper=False, out=scaled
+        )
+
+    def _check_rows(self, rhs: Tensor) -> None:
         width = self.scale.shape[0]
         if rhs.dim() != 2 or rhs.shape[0] != width:
             raise ValueError(
                 f"right-hand side: the factor is of a {width} x {width} matrix, "
                 f"got shape {tuple(rhs.shape)}."
             )
-        half = rhs / self.scale[:, None]
-        return torch.linalg.solve_triangular(self.factor, half, upper=False, out=half)
 
     def back_solve_(self, half: Tensor) -> Tensor:
         """
@@ -108,7 +126,7 @@ def damped_cholesky(
     positive definite. A channel of zero variance says nothing about the others: it
     becomes a row and column of the identity, and they need no dampening for it.
 
-    :param cov: ``[d, d]``, float64, covariance; only the lower triangle is used
+    :param cov: ``[d, d]``, float64, symmetric; one triangle is used
     :param dampening_frac: requested, fraction of ``mean(diag(cov))``, >= 0
     :param max_dampening_frac: largest ``extra`` to try; 0 forbids it
     :return: factor; its ``dampening_frac`` is ``trace(A - cov) / trace(cov)``
@@ -122,15 +140,18 @@ def damped_cholesky(
     width = cov.shape[0]
     scale = (diagonal + dampening_frac * diagonal.mean()).sqrt()
     scale = scale.masked_fill(scale == 0, 1.0)
-    correlation = (cov / scale[:, None]).div_(scale)
     # The size of the factorization's own rounding error, in a matrix of unit diagonal,
     # or that of the data: activations have at most the digits of float32.
     # Conditioning that the channels' scales alone cause has been divided out.
     tolerance = max(width * torch.finfo(cov.dtype).eps, _DATA_ROUNDING)
     extra = pivot = eigenvalue = 0.0
     for extra in (0.0, *(e for e in _ESCALATION if e <= max_dampening_frac)):
-        correlation.diagonal().fill_(1.0 + extra)
-        factor, info = torch.linalg.cholesky_ex(correlation)
+        # Transposed, a symmetric matrix is the same but column-major, as LAPACK has it:
+        # it is factored in its own memory.
+        factor = (cov / scale[:, None]).div_(scale).mT
+        factor.diagonal().fill_(1.0 + extra)
+        info = torch.empty((), dtype=torch.int32, device=cov.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
         pivot, eigenvalue = _definiteness(factor, int(info))
         if eigenvalue > tolerance:
             used = dampening_frac + extra * (1.0 + dampening_frac)

@@ -91,15 +91,7 @@ class CovarianceStats:
         :return: statistics of the same tokens, on the same device
         :raises ValueError: if ``d_in != d_out`` or ``cov_yy`` was not tracked
         """
-        d_out, d_in = self.cov_yx.shape
-        if d_in != d_out:
-            raise ValueError(
-                f"y + x: x and y need the same width, got d_in={d_in}, d_out={d_out}."
-            )
-        if self.cov_yy is None:
-            raise ValueError(NO_COV_YY.format(what="y + x"))
-        # The sum with its own transpose comes first: that keeps bitwise symmetry.
-        cov_yy = (self.cov_yx + self.cov_yx.mT).add_(self.cov_yy).add_(self.cov_xx)
+        cov_yy = self.cov_plus_input()
         return CovarianceStats(
             num_tokens=self.num_tokens,
             mean_x=self.mean_x,
@@ -109,6 +101,23 @@ class CovarianceStats:
             cov_yy=cov_yy,
             var_y=cov_yy.diagonal().clone(),
         )
+
+    def cov_plus_input(self) -> Tensor:
+        """
+        Return the covariance of y + x alone, see :meth:`plus_input`.
+
+        :return: ``[d, d]``, float64, bitwise symmetric, in memory of its own
+        :raises ValueError: as :meth:`plus_input`
+        """
+        d_out, d_in = self.cov_yx.shape
+        if d_in != d_out:
+            raise ValueError(
+                f"y + x: x and y need the same width, got d_in={d_in}, d_out={d_out}."
+            )
+        if self.cov_yy is None:
+            raise ValueError(NO_COV_YY.format(what="y + x"))
+        # The sum with its own transpose comes first: that keeps bitwise symmetry.
+        return (self.cov_yx + self.cov_yx.mT).add_(self.cov_yy).add_(self.cov_xx)
 
     def merge(self, other: "CovarianceStats") -> "CovarianceStats":
         """

@@ -14,7 +14,7 @@ from nbl_modifier.numerics import (
     covariance,
     gram,
 )
-from nbl_modifier.numerics.gram import add_gram_, mirror_lower_
+from nbl_modifier.numerics.gram import PackedGram
 from tests.numerics import oracle
 from tests.numerics.cases import EPS, gaussian_pair, one_massive_token, rounding
 from tests.numerics.oracle import Array
@@ -180,14 +180,18 @@ def test_float16_sums_beyond_float16() -> None:
     assert float(stats.cov_xx[1, 1]) == 0.0
 
 
-@pytest.mark.parametrize("width", [255, 256, 257, 700])
-def test_gram_panels(width: int) -> None:
+@pytest.mark.parametrize("width", [1, 2, 3, 255, 512, 513, 514, 1300])
+def test_packed_gram(width: int) -> None:
+    """Every entry of the two triangles and of what is between them, and no other."""
     rows = torch.from_numpy(gaussian_pair(64, width, 1)[0])
-    start = torch.ones(width, width, dtype=torch.float64)
-    total = mirror_lower_(add_gram_(start.clone(), rows))
-    expected = 1.0 + rows.numpy().T @ rows.numpy()
+    packed = PackedGram(width, torch.device("cpu"))
+    assert packed.values.numel() == width * (width + 1) // 2
+    for part in rows.split(40):
+        packed.add_(part)
+    total = packed.dense(0.5)
+    expected = 0.5 * (rows.numpy().T @ rows.numpy())
     assert torch.equal(total, total.mT)
-    scale = 1.0 + np.outer(*[np.linalg.norm(rows.numpy(), axis=0)] * 2)
+    scale = np.outer(*[np.linalg.norm(rows.numpy(), axis=0)] * 2)
     assert np.max(np.abs(total.numpy() - expected) / scale) < rounding(64, 1)
 
 
@@ -300,8 +304,9 @@ def test_merge_without_cov_yy() -> None:
 
 
 def test_nbytes() -> None:
-    assert CovarianceAccumulator(6, 3).nbytes == 8 * (36 + 18 + 9)
-    assert CovarianceAccumulator(6, 3, track_cov_yy=False).nbytes == 8 * (36 + 18)
+    """Of a symmetric matrix one triangle."""
+    assert CovarianceAccumulator(6, 3).nbytes == 8 * (21 + 18 + 6)
+    assert CovarianceAccumulator(6, 3, track_cov_yy=False).nbytes == 8 * (21 + 18)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
