@@ -143,6 +143,12 @@ class LayerStatistics:
         """Rows accumulated so far."""
         return self._residual.num_tokens
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums' matrices."""
+        extra = 0 if self._normalized is None else self._normalized.nbytes
+        return self._residual.nbytes + extra
+
     def update(
         self, residual: Tensor, normalized: Tensor, output: Tensor, valid: Tensor | None
     ) -> None:
@@ -214,6 +220,11 @@ class HeldoutStatistics:
         self._moments = CovarianceAccumulator(
             hidden_size, hidden_size, device=device, track_cov_yy=False
         )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the sums' matrices."""
+        return self._moments.nbytes
 
     def update(
         self, residual: Tensor, normalized: Tensor, output: Tensor, valid: Tensor | None

@@ -148,7 +148,7 @@ class NBLModifier(Modifier):
     :param canonical_correlations: whether the report holds quantiles of each layer's
         canonical correlations, which takes an SVD per layer
     :param save_statistics: folder for the statistics of every layer, about
-        ``48 d^2`` bytes each (twice with the input norm's output); a calibration that
+        ``32 d^2`` bytes each (56 with the input norm's output); a calibration that
         was interrupted goes on at the layer where it stopped
     :param statistics: folder that such a run wrote, to be used instead of calibrating:
         any other budget, criterion or dampening in the time it takes to solve

@@ -20,15 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .capture import LayerMoments
-from .numerics import CovarianceStats
+from .numerics import CovarianceStats, PackedSymmetric
 from .report.schema import write_atomically
 
 __all__ = ["Origin", "StatisticsStore"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _MANIFEST = "statistics.json"
 _WINDOWS = "heldout_windows.safetensors"
 _REMEDY = "Calibrate again into another folder"
+_SYMMETRIC = frozenset({"cov_xx", "cov_yy"})  # of which one triangle is stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,11 +239,14 @@ def _save_atomically(
 
 
 def _tensors(prefix: str, stats: CovarianceStats) -> dict[str, Tensor]:
-    return {
-        prefix + field.name: value.cpu().contiguous()
-        for field in dataclasses.fields(stats)
-        if isinstance(value := getattr(stats, field.name), Tensor)
-    }
+    tensors: dict[str, Tensor] = {}
+    for field in dataclasses.fields(stats):
+        value = getattr(stats, field.name)
+        if isinstance(value, Tensor):
+            if field.name in _SYMMETRIC:
+                value = PackedSymmetric.pack(value).values
+            tensors[prefix + field.name] = value.cpu().contiguous()
+    return tensors
 
 
 def _moments(
@@ -260,6 +264,8 @@ def _moments(
         }
         if not fields:
             return None
+        for name in _SYMMETRIC & fields.keys():
+            fields[name] = PackedSymmetric(fields[name]).dense()
         fields.setdefault("cov_yy", None)
         return CovarianceStats(num_tokens=int(metadata[f"{part}.num_tokens"]), **fields)
 

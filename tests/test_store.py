@@ -108,8 +108,8 @@ def test_a_layer_of_another_calibration_is_refused(tmp_path: Path) -> None:
 def test_a_folder_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     StatisticsStore.create(tmp_path, ORIGIN)
     path = tmp_path / "statistics.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
-    with pytest.raises(ValueError, match="format_version is 2, this"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 3}))
+    with pytest.raises(ValueError, match="format_version is 3, this"):
         StatisticsStore.open(tmp_path)
 
 

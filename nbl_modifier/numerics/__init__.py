@@ -7,6 +7,7 @@ only: no transformers, no llmcompressor, no logging.
 from .attention import AttentionSolution, solve_attention
 from .cca import canonical_correlations, correlation_quantiles, nmse_bound
 from .covariance import CovarianceAccumulator
+from .gram import PackedSymmetric
 from .lmmse import LinearMap, expected_nmse, mse, nmse, solve_lmmse
 from .psd import DampedCholesky, damped_cholesky
 from .reduced_rank import LowRankMap, reduce_rank
@@ -21,6 +22,7 @@ __all__ = [
     "LinearMap",
     "LowRankMap",
     "NonFiniteError",
+    "PackedSymmetric",
     "canonical_correlations",
     "correlation_quantiles",
     "damped_cholesky",

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .gram import PackedGram, add_cross_
+from .gram import PackedSymmetric, add_cross_
 from .stats import CovarianceStats, NonFiniteError
 
 # A channel whose standard deviation is below this many units in the last place of
@@ -62,9 +62,11 @@ class CovarianceAccumulator:
         self._mean_x = self._zeros(d_in)
         self._mean_y = self._zeros(d_out)
         # Sums of products of centred values.
-        self._sum_xx = PackedGram(d_in, self._device)
+        self._sum_xx = PackedSymmetric.zeros(d_in, self._device)
         self._sum_yx = self._zeros(d_out, d_in)
-        self._sum_yy = PackedGram(d_out, self._device) if track_cov_yy else None
+        self._sum_yy = (
+            PackedSymmetric.zeros(d_out, self._device) if track_cov_yy else None
+        )
         self._sum_y2 = self._zeros(d_out)  # the diagonal, where sum_yy is not kept
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -168,11 +170,11 @@ class CovarianceAccumulator:
         weight = math.sqrt(self._num_tokens)
         shift_x = ((self._mean_x - mean_x) * weight)[None]
         shift_y = ((self._mean_y - mean_y) * weight)[None]
-        self._sum_xx.add_(shift_x)
+        self._sum_xx.add_gram_(shift_x)
         add_cross_(self._sum_yx, shift_y, shift_x)
         self._sum_y2 += shift_y[0].square()
         if self._sum_yy is not None:
-            self._sum_yy.add_(shift_y)
+            self._sum_yy.add_gram_(shift_y)
         for total in (*self._matrices(), self._sum_y2):
             collect(total)
         self._mean_x, self._mean_y = mean_x, mean_y
@@ -263,10 +265,10 @@ class CovarianceAccumulator:
 
     def _add_products(self, rows_x: Tensor, rows_y: Tensor) -> None:
         """Add the products of centred rows, in float64 or bfloat16."""
-        self._sum_xx.add_(rows_x)
+        self._sum_xx.add_gram_(rows_x)
         add_cross_(self._sum_yx, rows_y, rows_x)
         if self._sum_yy is not None:
-            self._sum_yy.add_(rows_y)
+            self._sum_yy.add_gram_(rows_y)
         else:
             # Squared norms of columns: unlike (rows_y ** 2).sum(0), no temporary.
             norm = torch.linalg.vector_norm(rows_y, dim=0, dtype=torch.float64)

@@ -4,6 +4,8 @@ Matrix products ``A^T B`` added to float64 sums; ``A^T A`` at about half the cos
 half the memory. torch has no ``syrk``, so the triangle is filled panel by panel.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -16,30 +18,52 @@ _CUDA_PANEL = 1024
 _CHUNK = 16384
 
 
-class PackedGram:
+class PackedSymmetric:
     """
-    The sum of ``A^T A`` over batches of rows A, in ``d (d + 1) / 2`` float64 values.
+    A symmetric matrix, such as a sum of ``A^T A``, in ``d (d + 1) / 2`` values.
 
     Rectangular full packed format (Gustavson et al., ACM TOMS 37(2), 2010,
     doi:10.1145/1731022.1731028): the lower half of the rows, up to the diagonal, leaves
     room beyond it for the triangle of the upper half, transposed. Both are strided
     matrices that BLAS adds to in place.
 
-    :param width: d
-    :param device: where the sum lives
+    :param values: ``[ceil(d / 2), d + 1 - d % 2]``, float64; kept, not copied
     """
 
-    def __init__(self, width: int, device: torch.device) -> None:
-        self._top = top = width // 2
-        bottom = width - top
-        #: ``[ceil(d / 2), d + 1 - d % 2]``; sums of packed matrices are sums of these
-        self.values = torch.zeros(
-            bottom, 2 * top + 1, dtype=torch.float64, device=device
-        )
-        self._lower = self.values[:, :width]  # rows from d // 2 on
-        self._upper = self.values[:top, top + 1 :].mT  # the square before them
+    def __init__(self, values: Tensor) -> None:
+        bottom, columns = values.shape
+        self._top = top = (columns - 1) // 2
+        #: what can be stored, and added to that of other matrices of this width
+        self.values = values
+        self._lower = values[:, : top + bottom]  # rows from d // 2 on
+        self._upper = values[:top, top + 1 :].mT  # the square before them
 
-    def add_(self, rows: Tensor) -> None:
+    @classmethod
+    def zeros(cls, width: int, device: torch.device) -> Self:
+        """
+        Return the zero matrix.
+
+        :param width: d
+        :param device: where it lives
+        """
+        shape = (width + 1) // 2, width // 2 * 2 + 1
+        return cls(torch.zeros(shape, dtype=torch.float64, device=device))
+
+    @classmethod
+    def pack(cls, matrix: Tensor) -> Self:
+        """
+        Return ``matrix``, packed.
+
+        :param matrix: ``[d, d]``, float64, symmetric; only the lower triangle is read
+        """
+        packed = cls.zeros(matrix.shape[0], matrix.device)
+        top = packed._top
+        packed._lower[:, :top] = matrix[top:, :top]
+        packed._lower[:, top:] = matrix[top:, top:].tril()
+        packed._upper += matrix[:top, :top].tril()
+        return packed
+
+    def add_gram_(self, rows: Tensor) -> None:
         """
         Add ``rows^T rows``.
 
@@ -48,9 +72,9 @@ class PackedGram:
         _add_up_to_diagonal_(self._upper, rows[:, : self._top])
         _add_up_to_diagonal_(self._lower, rows)
 
-    def dense(self, scale: float) -> Tensor:
+    def dense(self, scale: float = 1.0) -> Tensor:
         """
-        Return the sum times ``scale``, ``[d, d]``, bitwise symmetric.
+        Return the matrix times ``scale``, ``[d, d]``, bitwise symmetric.
 
         :param scale: dimensionless
         """

@@ -14,7 +14,7 @@ from nbl_modifier.numerics import (
     covariance,
     gram,
 )
-from nbl_modifier.numerics.gram import PackedGram
+from nbl_modifier.numerics.gram import PackedSymmetric
 from tests.numerics import oracle
 from tests.numerics.cases import EPS, gaussian_pair, one_massive_token, rounding
 from tests.numerics.oracle import Array
@@ -184,15 +184,17 @@ def test_float16_sums_beyond_float16() -> None:
 def test_packed_gram(width: int) -> None:
     """Every entry of the two triangles and of what is between them, and no other."""
     rows = torch.from_numpy(gaussian_pair(64, width, 1)[0])
-    packed = PackedGram(width, torch.device("cpu"))
+    packed = PackedSymmetric.zeros(width, torch.device("cpu"))
     assert packed.values.numel() == width * (width + 1) // 2
     for part in rows.split(40):
-        packed.add_(part)
+        packed.add_gram_(part)
     total = packed.dense(0.5)
     expected = 0.5 * (rows.numpy().T @ rows.numpy())
     assert torch.equal(total, total.mT)
     scale = np.outer(*[np.linalg.norm(rows.numpy(), axis=0)] * 2)
     assert np.max(np.abs(total.numpy() - expected) / scale) < rounding(64, 1)
+    again = PackedSymmetric.pack(packed.dense())
+    assert torch.equal(again.values, packed.values)
 
 
 def test_wide_statistics_are_symmetric_and_right() -> None:
