@@ -127,12 +127,16 @@ def test_every_kind_of_map_and_family(
     rows = token_rows(num_rows=12, length=24)
     fields = {"num_layers": 2, "distill_epochs": 1, **fields}
     model = load(tiny_models(family))
-    wanted = [weight.requires_grad for weight in model.parameters()]
+    model.get_input_embeddings().requires_grad_(False)
+    before = {name: w.requires_grad for name, w in model.named_parameters()}
+    assert set(before.values()) == {True, False}
     _, report = run(model, rows, **fields)
     assert distilled(report) > 0
-    kept = [w for name, w in model.named_parameters() if ".linear." not in name]
     assert all(weight.grad is None for weight in model.parameters())
-    assert all(weight.requires_grad for weight in kept) == all(wanted)
+    after = {name: w.requires_grad for name, w in model.named_parameters()}
+    kept = before.keys() & after.keys()
+    assert len(kept) > len(before) / 2
+    assert {name: after[name] for name in kept} == {n: before[n] for n in kept}
 
 
 def test_offloaded_models(llama: Path, rows: Dataset, tmp_path: Path) -> None:
