@@ -154,9 +154,12 @@ def test_documents_fit_the_context_of_the_bundled_model(
             row["text"] if "text" in row else row["context"] + max(row["choices"])
             for row in found
         ]
-        lengths = sorted(len(ids) for ids in tokenizer(texts)["input_ids"])
-        # tables of numbers take a token per digit; what is longer still has a score
-        assert lengths[int(0.9 * COUNT)] <= 256, kind
+        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+        # Nine in ten, in the source of Python 3.11.7, less four standard deviations of a
+        # draw: each Python has its own. Tables of numbers take a token per digit; what
+        # is longer still has a score.
+        share = 0.9 - 4 * (0.9 * 0.1 / COUNT) ** 0.5
+        assert sum(length <= 256 for length in lengths) / COUNT > share, kind
 
 
 def test_more_documents_than_there_are_is_an_error() -> None:
