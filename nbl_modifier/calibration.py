@@ -273,7 +273,8 @@ class Calibration:
         :param started_at: when the hook began
         """
         batch = state.current_batch_idx
-        check_causal(self._names[index], self._attention(index), mask)
+        made_for = state.model.config._attn_implementation
+        check_causal(self._names[index], self._attention(index), made_for, mask)
         loss_mask = state.loss_masks[batch] if state.loss_masks else None
         valid = valid_tokens(normalized, mask, loss_mask)
         if self._streams is not None:

@@ -17,21 +17,25 @@ from .numerics import CovarianceAccumulator, CovarianceStats, NonFiniteError
 __all__ = ["LayerMoments", "LayerStatistics", "check_causal", "valid_tokens"]
 
 
-def check_causal(name: str, module: nn.Module, attention_mask: Tensor | None) -> None:
+def check_causal(
+    name: str,
+    module: nn.Module,
+    implementation: str | None,
+    attention_mask: Tensor | None,
+) -> None:
     """
     Raise if causal attention is about to be measured without its causal mask.
 
-    In calibration attention is eager, so without a mask every token sees the future and
-    the outputs to be fitted are not those of the model.
+    In calibration the model makes the masks of eager attention, so without one every
+    token sees the future, or padding counts as data: what is to be fitted is not what
+    the model computes.
 
     :param name: module name, for the message
     :param module: the attention module
+    :param implementation: of attention, for which the model makes its masks
     :param attention_mask: ``[batch, 1, tokens, tokens]`` or None, as called
     :raises RuntimeError: if eager causal attention has no mask
     """
-    implementation = getattr(
-        getattr(module, "config", None), "_attn_implementation", None
-    )
     causal = getattr(module, "is_causal", False)
     if attention_mask is None and causal and implementation == "eager":
         raise RuntimeError(

@@ -47,6 +47,7 @@ from .selection import Budget, count_layers, explain
 from .store import StatisticsStore
 from .surgery import drop_restored_norms, replace
 from .upstream import (
+    FusedAttention,
     keep_causal_mask,
     release_causal_mask,
     rewind_generator,
@@ -194,6 +195,7 @@ class NBLModifier(Modifier):
     _followers: Followers | None = PrivateAttr(default=None)
     _dataset_args: DatasetArguments | None = PrivateAttr(default=None)
     _propagate_error: bool = PrivateAttr(default=True)
+    _fused_attention: FusedAttention | None = PrivateAttr(default=None)
     _generator_state: Tensor = PrivateAttr()
     _data: CalibrationData | None = PrivateAttr(default=None)
     _store: StatisticsStore | None = PrivateAttr(default=None)
@@ -326,6 +328,7 @@ class NBLModifier(Modifier):
         if oneshot is not None and oneshot.output_dir is not None:
             check_output_directory(oneshot.output_dir, self._architecture)
         keep_causal_mask()
+        self._fused_attention = FusedAttention(model)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -356,6 +359,8 @@ class NBLModifier(Modifier):
         )
         for index in self._candidates:
             self._calibration.watch(state, index, self.register_hook)
+        assert self._fused_attention is not None
+        self._fused_attention.switch_on()
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
@@ -407,6 +412,7 @@ class NBLModifier(Modifier):
             distill_epochs=self.distill_epochs,
             distill_rate=self.distill_rate,
         )
+        self._switch_off_fused_attention()
         report = self._report = self._make_report(model, calibration, outcome)
         logger.info("NBL ranking\n{}", ranking_table(report))
         self._put_in_place(state, outcome)
@@ -435,6 +441,7 @@ class NBLModifier(Modifier):
         """Make model and configuration those of a linearized checkpoint."""
         # llm-compressor also finalizes the modifiers of a run that failed before.
         self.remove_hooks()
+        self._switch_off_fused_attention()
         release_causal_mask()
         self._calibration = None
         if self._report is not None:
@@ -448,6 +455,11 @@ class NBLModifier(Modifier):
             recipe = active_session().lifecycle.recipe.yaml()
             self._report = dataclasses.replace(self._report, recipe=recipe)
         return True
+
+    def _switch_off_fused_attention(self) -> None:
+        if self._fused_attention is not None:
+            self._fused_attention.switch_off()
+            self._fused_attention = None
 
     def _open_sources(self, state: State) -> None:
         """Decide what to measure, and on what."""

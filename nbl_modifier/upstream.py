@@ -4,8 +4,9 @@ What llm-compressor 0.14 does not tell its modifiers, or gets wrong where it hur
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -15,7 +16,7 @@ from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from llmcompressor.modeling.moe.linearize import get_linearized_moes
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.node import Argument
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -24,6 +25,7 @@ from transformers.core_model_loading import WeightRenaming
 from .architectures import Architecture
 
 __all__ = [
+    "FusedAttention",
     "keep_causal_mask",
     "keep_expert_names",
     "release_causal_mask",
@@ -81,6 +83,48 @@ def _create_arg(self: SequentialTracer, a: Any) -> Argument:
     fields = {name: self.create_arg(value) for name, value in a.to_dict().items()}
     fields["attn_implementation"] = a._attn_implementation
     return self.create_node("call_function", a.__class__, (), fields)
+
+
+class FusedAttention:
+    """
+    Attention in calibration as fast as outside of it.
+
+    llm-compressor forces eager attention on the model (llmcompressor 0.14.0.1,
+    utils/helpers.py, ``use_eager_attention``), for the sake of the masks that the model
+    makes. It writes out all scores: most of the time of a calibration on long
+    sequences. With a mask given, sdpa computes the same.
+
+    :param model: the causal language model, as it was loaded. Modules that were not to
+        use sdpa, or limit their scores, which sdpa does not, are left alone
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._modules: Sequence[Any] = [m for m in model.modules() if _fusible(m)]
+        self._configs: list[PretrainedConfig] = []
+
+    def switch_on(self) -> None:
+        """Use sdpa from now on, with the masks of the model."""
+        self._configs = [module.config for module in self._modules]
+        for module in self._modules:
+            # A copy, since the model decides by its own, which they share, what masks
+            # to make.
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation = "sdpa"
+
+    def switch_off(self) -> None:
+        """Undo :meth:`switch_on`, if it was called."""
+        for module, config in zip(self._modules, self._configs, strict=False):
+            module.config = config
+        self._configs = []
+
+
+def _fusible(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    return (
+        hasattr(module, "is_causal")
+        and getattr(config, "_attn_implementation", None) == "sdpa"
+        and getattr(config, "attn_logit_softcapping", None) is None
+    )
 
 
 def keep_expert_names(model: PreTrainedModel, architecture: Architecture) -> None:

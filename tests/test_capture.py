@@ -80,23 +80,22 @@ def test_without_masks_all_is_data() -> None:
     assert valid_tokens(torch.zeros(2, 3, WIDTH), None, None) is None
 
 
-def attention_of(llama: Path, implementation: str) -> nn.Module:
-    model = load(llama, attn_implementation=implementation)
-    return model.model.layers[0].self_attn
+def attention_of(llama: Path) -> nn.Module:
+    return load(llama).model.layers[0].self_attn
 
 
 def test_eager_attention_without_a_mask_raises(llama: Path) -> None:
     with pytest.raises(RuntimeError, match=NAME) as error:
-        check_causal(NAME, attention_of(llama, "eager"), None)
+        check_causal(NAME, attention_of(llama), "eager", None)
     assert "pipeline='basic'" in str(error.value)
 
 
 def test_other_attention_needs_no_mask(llama: Path) -> None:
-    check_causal(NAME, attention_of(llama, "sdpa"), None)
-    check_causal(NAME, attention_of(llama, "eager"), torch.zeros(1, 1, 2, 2))
-    bidirectional: Any = attention_of(llama, "eager")
+    check_causal(NAME, attention_of(llama), "sdpa", None)
+    check_causal(NAME, attention_of(llama), "eager", torch.zeros(1, 1, 2, 2))
+    bidirectional: Any = attention_of(llama)
     bidirectional.is_causal = False
-    check_causal(NAME, bidirectional, None)
+    check_causal(NAME, bidirectional, "eager", None)
 
 
 def batches(dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:

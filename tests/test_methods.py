@@ -159,7 +159,7 @@ def test_smoothing_is_an_identity(
 
 def block_streams(folder: Path, rows: Dataset, index: int) -> tuple[Any, Any]:
     """Return the residual stream before and after a block, float64 ``[tokens, d]``."""
-    model = load(folder, attn_implementation="eager")
+    model = load(folder)
     before, after = [], []
     for tokens in rows["input_ids"]:
         with torch.no_grad():
@@ -331,7 +331,7 @@ def test_sleb_is_greedy_by_measured_loss(folder: Path) -> None:
     assert len(FITTED) + len(HELD_OUT) == 16
 
     def without(gone: list[int]) -> float:
-        model = load(folder, attn_implementation="eager").eval()
+        model = load(folder).eval()
         for index in sorted(gone, reverse=True):
             del model.model.layers[index]
         model.config.num_hidden_layers = 4 - len(gone)

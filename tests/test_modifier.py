@@ -83,13 +83,13 @@ def activations(
     folder: Path, rows: Dataset, masks: list[list[int]] | None = None
 ) -> list[Activations]:
     """
-    Return each layer's activations in a plain eager forward pass, row by row.
+    Return each layer's activations in a plain forward pass, row by row.
 
     :param folder: a model
     :param rows: tokens
     :param masks: nonzero where a token counts, per row; None: all count
     """
-    model = load(folder, attn_implementation="eager")
+    model = load(folder)
     seen: list[dict[str, list[np.ndarray]]] = []
     keep = torch.tensor(0)
 

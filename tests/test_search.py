@@ -153,7 +153,7 @@ def test_cosine_is_that_of_the_stream_around_attention(
     llama: Path, rows: Dataset
 ) -> None:
     report = run(llama, rows, criterion="cosine", num_layers=2)[1]
-    model = load(llama, attn_implementation="eager")
+    model = load(llama)
     seen: dict[int, list[float]] = {index: [] for index in range(4)}
     for index, decoder_layer in enumerate(model.model.layers):
         stream: list[Any] = []
@@ -480,7 +480,7 @@ def test_greedy_fits_what_is_left_to_the_linear_model(
 def test_refit_helps_a_trained_model() -> None:
     """On text that nothing was fitted on, eight of sixteen layers replaced."""
     texts = data.stdlib_texts("calibration")
-    many = data.pack(texts, demo_tokenizer(), seq_length=128, num_sequences=128)
+    many = data.pack(texts, demo_tokenizer(), seq_length=256, num_sequences=128)
     layers = [0, 2, 3, 4, 8, 9, 11, 15]
     _, report = run(DEMO_MODEL, many, layers=layers, criterion="loss", refit=True)
     assert report.heldout is not None

@@ -139,6 +139,66 @@ def test_tracer_is_upstreams_again_after_a_run(
     assert SequentialTracer.create_arg is upstreams
 
 
+# --- attention at the speed of the model ----------------------------------------------
+
+
+def implementations(model: PreTrainedModel) -> list[str]:
+    """Return what the model's masks and each layer's attention are made for."""
+    configs = [layer.self_attn.config for layer in model.model.layers]
+    return [config._attn_implementation for config in (model.config, *configs)]
+
+
+@pytest.mark.parametrize(
+    ("family", "loaded_with", "expected"),
+    [
+        ("llama", "sdpa", ["eager", *["sdpa"] * 4]),
+        ("llama", "eager", ["eager"] * 5),
+        ("gemma2", "sdpa", ["eager"] * 5),  # it limits the scores, sdpa does not
+    ],
+)
+def test_attention_is_fused_in_calibration(
+    tiny_models: TinyModels,
+    rows: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    loaded_with: str,
+    expected: list[str],
+) -> None:
+    seen: list[list[str]] = []
+    original = Calibration._see_attention
+
+    def record(self: Any, state: State, *args: Any) -> None:
+        seen.append(implementations(state.model))
+        original(self, state, *args)
+
+    monkeypatch.setattr(Calibration, "_see_attention", record)
+    model = load(tiny_models(family), attn_implementation=loaded_with)
+    kept = [layer.self_attn for layer in model.model.layers]
+    compress(model, [NBLModifier(layers=[3])], rows)
+    assert seen
+    assert all(each == expected for each in seen)
+    assert {id(attention.config) for attention in kept} == {id(kept[0].config)}
+    assert kept[0].config._attn_implementation == loaded_with
+
+
+def test_attention_is_the_models_own_after_a_failed_run(
+    tiny_models: TinyModels, rows: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    model = load(tiny_models("llama"))
+    kept = [layer.self_attn for layer in model.model.layers]
+    with monkeypatch.context() as patched:
+        patched.setattr(Calibration, "_see_attention", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            compress(model, NBLModifier(num_layers=1), rows)
+    # A failed run's modifiers are finalized when the next begins.
+    config = model.config
+    compress(model, NBLModifier(num_layers=1), rows)
+    assert all(attention.config is config for attention in kept)
+
+
 # --- the finalize of a failed earlier run ---------------------------------------------
 
 

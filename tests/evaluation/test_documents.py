@@ -155,9 +155,9 @@ def test_documents_fit_the_context_of_the_bundled_model(
             for row in found
         ]
         lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
-        # Nine in ten, in the source of Python 3.11.7, less four standard deviations of a
-        # draw: each Python has its own. Tables of numbers take a token per digit; what
-        # is longer still has a score.
+        # Nine in ten, in the source of Python 3.11.7, less four standard deviations of
+        # a draw: each Python has its own. Tables of numbers take a token per digit;
+        # what is longer still has a score.
         share = 0.9 - 4 * (0.9 * 0.1 / COUNT) ** 0.5
         assert sum(length <= 256 for length in lengths) / COUNT > share, kind
 
