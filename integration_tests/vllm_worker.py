@@ -84,14 +84,15 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     engine = LLM(model=job["model"], **job["engine"])
     load_seconds = time.perf_counter() - start
-    greedy = SamplingParams(
-        temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True
-    )
-    scored = greedy.clone()
+    chosen = {"temperature": 0.0, "max_tokens": job["max_tokens"], "ignore_eos": True}
+    greedy = SamplingParams(**chosen)
     # That of the token itself, no alternatives. Those of prompts need the head on other
-    # positions than the last, for which vLLM's CPU kernels have no adapter.
-    scored.logprobs = 0
-    scored.prompt_logprobs = None if job["lora"] else 0
+    # positions than the last, for which vLLM's CPU kernels have no adapter. Not set on
+    # a clone: it is when they are made that they decide not to read the prefix cache,
+    # which has no logprobs for a beginning that prompts share.
+    scored = SamplingParams(
+        **chosen, logprobs=0, prompt_logprobs=None if job["lora"] else 0
+    )
     outputs = generate(engine, job, scored)
     tokens_per_second = [timed(engine, job, greedy) for _ in range(job["timed_runs"])]
     repeated = None
