@@ -7,8 +7,8 @@ A randomly initialised Llama, alternating in one process:
 - forward: ``model(input_ids)`` as transformers runs it by default (sdpa, KV cache,
   logits of every token), under no_grad
 - pipeline: what llm-compressor's sequential pipeline takes to pass the data once, for a
-  modifier that does nothing (eager attention, activations cached between layers, no
-  logits); a lower bound of what any calibration in it costs
+  modifier that does nothing (activations cached between layers, no logits, and eager
+  attention, where NBL has the model's own)
 - NBL: a whole oneshot() with NBLModifier (checks, hooks, statistics, solve, replace),
   nothing saved
 - the same if it let the pipeline run every layer a second time to propagate changes, as
