@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One vLLM engine, some lm-eval tasks: the process that ``nbl evaluate`` starts."""
 
-import json
 import os
-import sys
-from pathlib import Path
 from typing import Any
+
+from .workers import answer_job
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
@@ -35,9 +34,11 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         enforce_eager=current_platform.is_cpu(),
     )
     scores = run_tasks(lm, tasks, job["limit"])
+    # Here, not at the interpreter's exit: vLLM's watching thread takes an engine that
+    # ends there for one that failed, and may abort this process.
+    lm.model.llm_engine.engine_core.shutdown()
     return {name: each.to_fields() for name, each in scores.items()}
 
 
 if __name__ == "__main__":
-    answer = main(json.loads(sys.argv[1]))
-    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
+    answer_job(main)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One vLLM engine, one completion: the process that ``nbl generate`` starts."""
 
-import json
 import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
+
+from .workers import answer_job
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
@@ -47,5 +46,4 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    answer = main(json.loads(sys.argv[1]))
-    Path(sys.argv[2]).write_text(json.dumps(answer), encoding="utf-8")
+    answer_job(main)

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,15 @@ def run_worker(
     """
     Run ``nbl_modifier.cli.<name>`` and return its answer.
 
+    An answer is whole, so it counts however the process ends: vLLM's threads may abort
+    an interpreter that is on its way out.
+
     :param name: module that takes the job as JSON and the path of its answer
     :param model: for messages
     :param job: JSON types
     :param debug: whether to show all that vLLM logs
     :param progress: whether to show its standard error, for progress bars
-    :raises RuntimeError: if it fails; the message ends with the tail of its log
+    :raises RuntimeError: if it gives none; the message ends with the tail of its log
     """
     command = [sys.executable, "-m", f"{__package__}.{name}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +54,7 @@ def run_worker(
                 stderr=None if debug or progress else file,
                 check=False,
             )
-        if process.returncode != 0 or not answer.exists():
+        if not answer.exists():
             from nbl_modifier.benchmark.engines import tail
 
             raise RuntimeError(
@@ -59,3 +63,15 @@ def run_worker(
             )
         result: dict[str, Any] = json.loads(answer.read_text("utf-8"))
         return result
+
+
+def answer_job(main: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """
+    Do the job that :func:`run_worker` gave this process, and answer it.
+
+    :param main: takes the job, returns the answer; both JSON types
+    """
+    job, path = json.loads(sys.argv[1]), Path(sys.argv[2])
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(main(job)), encoding="utf-8")
+    partial.replace(path)
