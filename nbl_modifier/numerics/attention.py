@@ -6,8 +6,6 @@ map from x to y, and the CCA bound from x to y + x.
 
 from dataclasses import dataclass
 
-import torch
-
 from .cca import nmse_bound_from_half_
 from .lmmse import LinearMap
 from .psd import damped_cholesky
@@ -50,12 +48,12 @@ def solve_attention(
     residual = stats.cov_plus_input()
     variance = float(residual.diagonal().sum())
     factor_residual = damped_cholesky(residual, dampening_frac)
-    del residual  # as large as each of the factors
     factor = damped_cholesky(stats.cov_xx, dampening_frac)
     half = factor.half_solve(stats.cov_yx.mT)
-    if factor.exact:  # L^-1 C_xx is L^T only then; L = diag(scale) @ factor.factor
-        shared = torch.addcmul(half, factor.factor.mT, factor.scale)
+    if factor.exact:  # L^-1 C_xx is L^T only then
+        shared = factor.plus_transposed(half, out=residual)
     else:
+        del residual  # as large as each of the factors
         shared = factor.half_solve((stats.cov_yx + stats.cov_xx).mT)
     bound = nmse_bound_from_half_(factor_residual, shared)
     weight = factor.back_solve_(half).mT

@@ -16,6 +16,9 @@ NO_COV_YY = (
     "Accumulate with track_cov_yy=True."
 )
 
+# Rows transposed at once.
+_STRIP = 256
+
 
 class NonFiniteError(ValueError):
     """Raised when activations, or what is computed from them, are NaN or inf."""
@@ -116,8 +119,13 @@ class CovarianceStats:
             )
         if self.cov_yy is None:
             raise ValueError(NO_COV_YY.format(what="y + x"))
-        # The sum with its own transpose comes first: that keeps bitwise symmetry.
-        return (self.cov_yx + self.cov_yx.mT).add_(self.cov_yy).add_(self.cov_xx)
+        total = self.cov_yy + self.cov_xx
+        # In strips, so that what is transposed stays in the cache. The sum of the two
+        # comes first: that keeps bitwise symmetry.
+        for start in range(0, d_in, _STRIP):
+            strip = slice(start, start + _STRIP)
+            total[:, strip] += self.cov_yx[:, strip] + self.cov_yx[strip].mT
+        return total
 
     def merge(self, other: "CovarianceStats") -> "CovarianceStats":
         """

@@ -1,5 +1,7 @@
 """solve_attention against the general functions it must agree with."""
 
+import math
+
 import pytest
 import torch
 
@@ -12,14 +14,15 @@ from nbl_modifier.numerics import (
 )
 
 
-def make_stats(num_tokens: int, dead: bool = False) -> CovarianceStats:
+def make_stats(num_tokens: int, dead: bool = False, width: int = 24) -> CovarianceStats:
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn(num_tokens, 24, generator=generator, dtype=torch.float64)
-    x = x * torch.logspace(0, -3, 24, dtype=torch.float64) + 5.0
+    x = torch.randn(num_tokens, width, generator=generator, dtype=torch.float64)
+    x = x * torch.logspace(0, -3, width, dtype=torch.float64) + 5.0
     if dead:
         x[:, 7] = 2.0
-    y = torch.tanh(x @ torch.randn(24, 24, generator=generator, dtype=torch.float64))
-    return CovarianceAccumulator(24, 24).update(x, y).finalize()
+    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    y = torch.tanh(x @ mixing)
+    return CovarianceAccumulator(width, width).update(x, y).finalize()
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,19 @@ def test_agrees_with_the_general_solvers(
     )
     assert solution.residual_variance == pytest.approx(float(residual.var_y.sum()))
     assert solution.linear_map.dampening_frac == expected.dampening_frac
+
+
+def test_what_is_above_the_factors_diagonal_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stats = make_stats(2000, width=400)  # some panels
+    expected = solve_attention(stats)
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x, **kwargs: torch.full(x.shape, math.nan).to(x)
+    )
+    actual = solve_attention(stats)
+    assert actual.bound == expected.bound
+    assert torch.equal(actual.linear_map.weight, expected.linear_map.weight)
 
 
 def test_input_and_output_must_have_the_same_width() -> None:

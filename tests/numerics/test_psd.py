@@ -6,7 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from nbl_modifier.numerics import DampedCholesky, damped_cholesky
+from nbl_modifier.numerics import DampedCholesky, damped_cholesky, psd
 from tests.numerics import oracle
 from tests.numerics.cases import conditioned_pair, gaussian_pair, rounding
 from tests.numerics.oracle import Array
@@ -17,7 +17,7 @@ def covariance(X: Array) -> torch.Tensor:
 
 
 def reassembled(result: DampedCholesky) -> torch.Tensor:
-    lower = result.scale[:, None] * result.factor
+    lower = result.scale[:, None] * result.factor.tril()
     return lower @ lower.mT
 
 
@@ -32,8 +32,28 @@ def test_factor_of_a_well_conditioned_matrix() -> None:
     result = damped_cholesky(cov)
     assert result.dampening_frac == 0.0
     assert result.num_dead == 0
-    assert torch.equal(result.factor, result.factor.tril())
     assert relative_error(reassembled(result), cov) < rounding(0, 30)
+
+
+@pytest.mark.parametrize("width", [191, 192, 193, 400])
+def test_panels_give_what_lapack_gives(width: int) -> None:
+    cov = covariance(gaussian_pair(2 * width, width, 1)[0])
+    scale = cov.diagonal().sqrt()
+    whole, _ = psd._factor_whole(cov, scale, 1.5)
+    panels, stopped_at = psd._factor_by_panels(cov, scale, 1.5)
+    assert stopped_at == 0
+    error = (panels.tril() - whole).abs().max()
+    assert float(error) < rounding(0, width)
+
+
+@pytest.mark.parametrize("at", [1, 191, 192, 300, 399])
+def test_panels_stop_where_lapack_does(at: int) -> None:
+    cov = torch.eye(400, dtype=torch.float64)
+    cov[0, at] = cov[at, 0] = 2.0  # the pivot there is 1 - 2^2
+    for factorize in (psd._factor_whole, psd._factor_by_panels):
+        factor, stopped_at = factorize(cov, torch.ones(400, dtype=torch.float64), 1.0)
+        assert stopped_at == at + 1
+        assert float(factor[at, at]) == -3.0
 
 
 @pytest.mark.parametrize("frac", [1e-6, 1e-2, 1.0])
@@ -77,7 +97,7 @@ def test_massive_channels_need_no_dampening(scale: float) -> None:
     scaled = damped_cholesky(cov * torch.outer(factors, factors))
     assert scaled.dampening_frac == 0.0
     # Powers of two, so scaling is exact and must not change a single bit.
-    assert torch.equal(scaled.factor, plain.factor)
+    assert torch.equal(scaled.factor.tril(), plain.factor.tril())
     assert torch.equal(scaled.scale, plain.scale * factors)
 
 
@@ -92,7 +112,7 @@ def test_fewer_tokens_than_channels_escalates(
     cov = covariance(gaussian_pair(width - missing, width, 1, seed)[0])
     result = damped_cholesky(cov)
     assert result.dampening_frac == 1e-10
-    assert bool(result.factor.isfinite().all())
+    assert bool(result.factor.tril().isfinite().all())
     expected = cov + 1e-10 * cov.diagonal().diag()
     assert relative_error(reassembled(result), expected) < rounding(0, width)
 
