@@ -48,7 +48,7 @@ from nbl_modifier.surgery import Replacement
 from nbl_modifier.trials import Trials
 from nbl_modifier.windows import Batch, Windows, held_out_batches
 
-CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl")
+CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl", "kl_angle")
 
 
 @dataclass(frozen=True)

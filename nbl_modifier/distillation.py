@@ -11,37 +11,34 @@ that does not help on held-out windows is not kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from .architectures import Architecture
 from .forward import PartialForward, calling
 from .hf.modeling_nbl import LowRankLinear
+from .muon import Muon, Trained
 from .surgery import Replacement, replaced
-from .trials import Target, Trial, Trials, divergence, target_tokens
-from .windows import Batch, Windows
+from .trials import OriginalLogits, Trial, Trials, divergence, target_tokens
+from .windows import Windows
 
 __all__ = ["Distillation"]
 
-# The learning rate rises over so many windows, and falls along a cosine to the end.
-_WARMUP = 32
 # Channels of x that hardly vary are trained as if they varied by this much, times the
 # root mean square over channels: their weights could grow without changing any loss.
 _LEAST_SPREAD = 1e-2
-
-
-# The part of the tokens that are exchanged for others of the calibration text, anew in
-# each epoch. The original model says what follows in any text; on the same windows over
-# and over, maps learn what is particular to them.
-_EXCHANGED = 0.1
+# An epoch that brings the model nearer by less than this part is the last.
+_LEAST_GAIN = 0.01
+# Rates that are tried where none is given, each on so many windows, and as many give
+# the spread of what the maps read.
+_RATES, _TRIED_WINDOWS = (0.06, 0.25, 1.0), 12
 
 
 class Distillation:
@@ -65,115 +62,134 @@ class Distillation:
         self._architecture = architecture
         self._windows = windows.one_by_one()
         self._trials = trials
+        self._original = OriginalLogits(forward, self._windows)
+        self._undone: Callable[[], AbstractContextManager[None]] = nullcontext
         self._generator = torch.Generator()
 
     def run(
-        self, replacements: Mapping[int, Replacement], epochs: int, rate: float
+        self, replacements: Mapping[int, Replacement], epochs: int, rate: float | None
     ) -> tuple[dict[int, Replacement], Trial]:
         """
         Return the trained replacements, and how they do on the held-out windows.
 
-        Adam, one window a step. Steps are in proportion to each map's own spread, over
-        d: whatever the width, the first step of either factor moves an output by about
-        ``rate`` times its standard deviation, should all weights push the same way.
+        Muon, one window a step. Steps are in proportion to each map's own spread: the
+        first step moves an output by at most ``rate`` times its standard deviation, on
+        an input as large as inputs are. What sets its size is no gradient, so a few
+        massive tokens do not.
 
         :param replacements: with weights, by decoder layer index
         :param epochs: passes over the windows, >= 1
-        :param rate: learning rate, dimensionless
+        :param rate: learning rate, dimensionless; None: the one of a few that brings
+            the model nearest to the original in a few steps
         """
         layers, architecture = self._forward.layers, self._architecture
         kept, best = dict(replacements), self._trials.together(replacements)
         before = best.kl
         with self._frozen(), replaced(layers, architecture, replacements) as undone:
-            maps = self._maps(replacements)
-            optimizer = torch.optim.Adam(
-                [group for each in maps.values() for group in each.groups(rate)],
-                betas=(0.9, 0.99),
-                eps=1e-15,  # the usual 1e-8 is what gradients of a large model may be
-            )
-            steps = epochs * len(self._windows.batches)
-            self._generator.manual_seed(0)  # the same windows, and noise, in every run
-            schedule = LambdaLR(optimizer, lambda step: _schedule(step, steps))
-            with tqdm(total=steps, desc="NBL: distilling", leave=False) as bar:
+            self._undone = undone
+            inputs = self._inputs(replacements)
+            if rate is None:
+                rate = self._find_rate(replacements, inputs, before)
+            maps = _maps(replacements, inputs)
+            count = len(self._windows.batches)
+            with tqdm(total=epochs * count, desc="NBL: distilling", leave=False) as bar:
                 for epoch in range(epochs):
-                    with self._running(maps):
-                        for batch, targets in self._epoch():
-                            self._step(batch, targets, min(maps), optimizer, undone)
-                            schedule.step()
-                            bar.update()
+                    # Each epoch anneals: what is measured at its end is at rest.
+                    optimizer = _optimizer(maps, rate, count)
+                    self._train(maps, optimizer, self._shuffled(epoch), bar)
                     trained = {i: each.replacement() for i, each in maps.items()}
-                    with undone():
-                        trial = self._trials.together(trained)
-                    if trial.kl < best.kl:  # never so if it is not a number
+                    trial = self._try(trained)
+                    gained = best.kl - trial.kl
+                    if gained > 0:  # never so if it is not a number
                         kept, best = trained, trial
                     logger.info(
-                        "NBL: distillation, epoch {} of {}: divergence from the "
-                        "original model {:.5f} on held-out windows, {:.5f} before",
+                        "NBL: distillation, epoch {} of at most {}: divergence from "
+                        "the original model {:.5f} on held-out windows, {:.5f} before",
                         epoch + 1,
                         epochs,
                         trial.kl,
                         before,
                     )
+                    if not gained > _LEAST_GAIN * before:
+                        break
         if best.kl == before:
             logger.warning(
                 "NBL: distillation brought the model no nearer to the original on "
                 "held-out windows, so the maps stay as they were fitted. Use a lower "
-                "distill_rate than {}, or more calibration samples.",
+                "distill_rate than {:g}, or more calibration samples.",
                 rate,
             )
         return kept, best
 
-    def _epoch(self) -> Iterator[tuple[Batch, list[Target]]]:
-        """Yield every window once, with some of its tokens exchanged."""
-        numbers = range(len(self._windows.batches))
-        counted = [self._windows.targets(number) for number in numbers]
-        tokens = [batch["input_ids"] for batch in self._windows.batches]
-        text = torch.cat([each[c] for each, c in zip(tokens, counted, strict=True)])
-        for number in torch.randperm(len(numbers), generator=self._generator).tolist():
-            where = torch.rand(counted[number].shape, generator=self._generator)
-            # Neither padding nor pieces of images.
-            exchanged = (where < _EXCHANGED).to(text.device) & counted[number]
-            count = (int(exchanged.sum()),)
-            drawn = torch.randint(len(text), count, generator=self._generator)
-            noisy = tokens[number].masked_scatter(exchanged, text[drawn])
-            batch = {**self._windows.batches[number], "input_ids": noisy}
-            yield batch, target_tokens(self._windows, number)
+    def _find_rate(
+        self, replacements: Mapping[int, Replacement], inputs: _Inputs, before: float
+    ) -> float:
+        """Return the rate that brings the model nearest in a few steps."""
+        numbers = self._shuffled(0)[:_TRIED_WINDOWS]
+        found = dict[float, float]()
+        for rate in _RATES:
+            maps = _maps(replacements, inputs)
+            optimizer = _optimizer(maps, rate, len(numbers))
+            self._train(maps, optimizer, numbers)
+            trial = self._try({i: each.replacement() for i, each in maps.items()})
+            found[rate] = trial.kl if math.isfinite(trial.kl) else math.inf
+        best = min(found, key=lambda rate: found[rate])
+        logger.info(
+            "NBL: distill_rate {:g}, of the divergences after {} windows ({}; {:.5f} "
+            "before)",
+            best,
+            len(numbers),
+            ", ".join(f"{rate:g}: {kl:.5f}" for rate, kl in sorted(found.items())),
+            before,
+        )
+        return best
 
-    def _step(
+    def _try(self, trained: Mapping[int, Replacement]) -> Trial:
+        with self._undone():
+            return self._trials.together(trained)
+
+    def _shuffled(self, epoch: int) -> list[int]:
+        """Return the numbers of the windows, in the order of an epoch in any run."""
+        self._generator.manual_seed(epoch)
+        count = len(self._windows.batches)
+        return torch.randperm(count, generator=self._generator).tolist()
+
+    def _train(
         self,
-        batch: Batch,
-        targets: list[Target],
-        start: int,
-        optimizer: torch.optim.Optimizer,
-        undone: Callable[[], AbstractContextManager[None]],
+        maps: Mapping[int, _TrainedMap],
+        optimizer: Muon,
+        numbers: Sequence[int],
+        bar: tqdm | None = None,
     ) -> None:
-        count = sum(len(target.positions) for target in targets)
-        if count == 0:
-            return
-        with undone():
-            original = self._forward.logits(batch)
-        logits = self._forward.differentiable_logits(batch, start)
-        with torch.enable_grad():
-            loss = divergence(targets, logits, original) / count
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
+        """Take a step on each window, in the order of ``numbers``."""
+        with self._running(maps):
+            for number in numbers:
+                targets = target_tokens(self._windows, number)
+                count = sum(len(target.positions) for target in targets)
+                if count > 0:
+                    with self._undone():
+                        original = self._original.of(number)
+                    batch, start = self._windows.batches[number], min(maps)
+                    logits = self._forward.differentiable_logits(batch, start)
+                    with torch.enable_grad():
+                        (divergence(targets, logits, original) / count).backward()
+                optimizer.step()
+                if bar is not None:
+                    bar.update()
 
-    def _maps(self, replacements: Mapping[int, Replacement]) -> dict[int, _TrainedMap]:
-        """Return what is trained, given what it reads in the linearized model."""
+    def _inputs(self, replacements: Mapping[int, Replacement]) -> _Inputs:
+        """Return mean and spread of what each map reads in the linearized model."""
         sums = {index: _ChannelSums() for index in replacements}
         with ExitStack() as stack:
             for index, each in sums.items():
                 hook = self._linear(index).register_forward_pre_hook(each.hook)
                 stack.callback(hook.remove)
-            for number, batch in enumerate(self._windows.batches):
+            for number in self._shuffled(0)[:_TRIED_WINDOWS]:
                 for each in sums.values():
                     each.counted = self._windows.targets(number)
+                batch = self._windows.batches[number]
                 self._forward.hidden_states(batch, max(replacements) + 1)
-        return {
-            index: _TrainedMap(replacements[index], *each.mean_and_spread())
-            for index, each in sums.items()
-        }
+        return {index: each.mean_and_spread() for index, each in sums.items()}
 
     def _linear(self, index: int) -> nn.Linear | LowRankLinear:
         """Return the map inside a replaced layer."""
@@ -204,14 +220,15 @@ class Distillation:
                 weight.requires_grad_(True)
 
 
+# Mean and standard deviation of each channel, by decoder layer index.
+_Inputs = dict[int, tuple[Tensor, Tensor]]
+
+
 class _TrainedMap:
     """
-    A map with weights to train, in float32: two factors, the inner one for x centred
-    and of unit variance.
+    A map with weights to train, in float32, for x centred and of unit variance.
 
-    Otherwise channels that are large, or far from zero, would take all of a step. A map
-    of full rank is trained as two factors, too, and is one matrix again in the end: it
-    comes nearer to the original model in as many steps, and does better on other text.
+    Otherwise channels that are large, or far from zero, would take all of a step.
 
     :param replacement: where to start
     :param mean: of each channel of x, ``[d_in]``, float64
@@ -232,31 +249,33 @@ class _TrainedMap:
         def parameter(values: Tensor) -> nn.Parameter:
             return nn.Parameter(values.to(device, wide, copy=True))
 
-        weight, bias, reduce = replacement.weight, replacement.bias, replacement.reduce
-        expand = weight.to(device, wide)
+        reduce, self._expand = replacement.reduce, None
         if reduce is None:
-            inner, expand = expand * self._spread, torch.eye(len(weight), device=device)
+            inner = replacement.weight
         else:
-            inner = reduce.to(device, wide) * self._spread
-        self._expand, self._inner = parameter(expand), parameter(inner)
-        shift = expand @ (inner @ (self._mean / self._spread))
-        self._bias = parameter(bias.to(device, wide) + shift)
+            inner, self._expand = reduce, parameter(replacement.weight)
+        self._inner = parameter(inner.to(device, wide) * self._spread)
+        shift = self._inner @ (self._mean / self._spread)
+        if self._expand is not None:
+            shift = self._expand @ shift
+        self._bias = parameter(replacement.bias.to(device, wide) + shift)
 
-    def groups(self, rate: float) -> list[dict[str, object]]:
+    def trained(self, rate: float) -> list[Trained]:
         """
-        Return the parameters and their learning rates, as optimizers take them.
+        Return the parameters and their steps.
 
-        :param rate: by how much one step may change an output, over its spread
+        :param rate: by how much a step may change an output, over its spread
         """
-        d_out, rank = self._expand.shape
         d_in = len(self._mean)
         features = float(self._inner.detach().square().sum(1).mean().sqrt())
-        outputs = features * math.sqrt(rank / d_out)
-        return [
-            {"params": [self._expand], "lr": rate / math.sqrt(d_out * rank)},
-            {"params": [self._inner], "lr": rate * features / d_in},
-            {"params": [self._bias], "lr": rate * outputs / d_in},
-        ]
+        steps = [Trained(self._inner, rate * features / math.sqrt(d_in))]
+        outputs = features
+        if self._expand is not None:
+            d_out, rank = self._expand.shape
+            steps.append(Trained(self._expand, rate / math.sqrt(d_out)))
+            outputs = features * math.sqrt(rank / d_out)
+        steps.append(Trained(self._bias, rate * outputs / math.sqrt(4 * d_in)))
+        return steps
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what the checkpoint's weights, rounded as they will be, make of x."""
@@ -278,13 +297,13 @@ class _TrainedMap:
         errors would shift every output, another way at each step.
         """
         dtype, wide = self._dtype, self._bias.dtype
-        expand, inner = self._expand, self._inner / self._spread
-        if self._start.reduce is None:
-            weight, reduce = (expand @ inner).to(dtype), None
-            shift = weight.to(wide) @ self._mean
+        inner = (self._inner / self._spread).to(dtype)
+        shift = inner.to(wide) @ self._mean
+        if self._expand is None:
+            weight, reduce = inner, None
         else:
-            weight, reduce = expand.to(dtype), inner.to(dtype)
-            shift = weight.to(wide) @ (reduce.to(wide) @ self._mean)
+            weight, reduce = self._expand.to(dtype), inner
+            shift = weight.to(wide) @ shift
         return weight, (self._bias - shift).to(dtype), reduce
 
 
@@ -310,6 +329,15 @@ class _ChannelSums:
         return mean, (square - mean.square()).clamp_min(0.0).sqrt()
 
 
-def _schedule(step: int, steps: int) -> float:
-    warm = min(1.0, (step + 1) / min(_WARMUP, steps))
-    return warm * (1 + math.cos(math.pi * step / steps)) / 2
+def _maps(
+    replacements: Mapping[int, Replacement], inputs: _Inputs
+) -> dict[int, _TrainedMap]:
+    """Return what is trained, by decoder layer index."""
+    return {
+        index: _TrainedMap(replacement, *inputs[index])
+        for index, replacement in replacements.items()
+    }
+
+
+def _optimizer(maps: Mapping[int, _TrainedMap], rate: float, steps: int) -> Muon:
+    return Muon([each for m in maps.values() for each in m.trained(rate)], steps)

@@ -59,9 +59,8 @@ __all__ = ["NBLModifier"]
 # Fields that a preset sets; how they were found is in docs/selection.md.
 _PRESETS: dict[str | None, dict[str, Any]] = {
     "best": {
-        "criterion": "loss",
+        "criterion": "kl_angle",
         "selection": "greedy",
-        "refit": True,
         "distill_epochs": 4,
         "input": "normalized",
     },
@@ -115,17 +114,19 @@ class NBLModifier(Modifier):
         ``residual_nmse``, the same over the variance of the residual stream after
         attention, ``cosine``, one minus the mean cosine similarity of the stream before
         and after attention, or, measured on held-out windows when that layer alone is
-        replaced, ``loss``, the increase of the mean negative log-likelihood, or ``kl``,
-        the divergence of the next-token distributions from the original model's
+        replaced, ``loss``, the increase of the mean negative log-likelihood, ``kl``,
+        the divergence of the next-token distributions from the original model's, or
+        ``kl_angle``, that times the angle by which attention turns the stream
     :param selection: rank once (``one_shot``, the paper's), or again after each
         replacement, on the partly linear model (``greedy``)
     :param refit: fit the chosen layers again, in order of depth, to lead from the
         linearized model's residual stream to the original one's
-    :param distill_epochs: after all fits, train the maps, and nothing else, so often
-        over the calibration windows, until the model predicts as the original one did;
-        0 leaves them as they are, in closed form
+    :param distill_epochs: after all fits, train the maps, and nothing else, at most so
+        often over the calibration windows, until the model predicts as the original
+        one did; 0 leaves them as they are, in closed form
     :param distill_rate: learning rate of that: by how much one step may change an
-        output of a map at most, over its standard deviation; dimensionless
+        output of a map at most, over its standard deviation; dimensionless. Found on
+        held-out windows if not given
     :param kind: what is replaced: ``attention``, or the whole transformer ``block``,
         its MLP and norms included
     :param method: by what: a ``linear`` map, or nothing (``drop``). Without a block the
@@ -164,13 +165,13 @@ class NBLModifier(Modifier):
     )
     targets: list[str] | None = None
     ignore: list[str] = Field(default_factory=list)
-    criterion: Literal["cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl"] = (
-        "cca_bound"
-    )
+    criterion: Literal[
+        "cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl", "kl_angle"
+    ] = "cca_bound"
     selection: Literal["one_shot", "greedy"] = "one_shot"
     refit: bool = False
     distill_epochs: int = Field(default=0, ge=0)
-    distill_rate: float = Field(default=0.4, gt=0.0, allow_inf_nan=False)
+    distill_rate: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     kind: Literal["attention", "block"] = "attention"
     method: Literal["linear", "drop"] = "linear"
     estimator: Literal["lmmse", "wo_wv"] = "lmmse"

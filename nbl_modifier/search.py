@@ -28,10 +28,11 @@ from .windows import Windows
 
 __all__ = ["TRIED", "Outcome", "Search", "find_replacements"]
 
-#: Criteria that are measured by trying a replacement on held-out windows, both in nats
-#: per token: the increase of the mean negative log-likelihood, and the divergence of
-#: the next-token distributions from the original model's.
-TRIED = ("loss", "kl")
+#: Criteria that are measured by trying a replacement on held-out windows, in nats per
+#: token: the increase of the mean negative log-likelihood, the divergence of the
+#: next-token distributions from the original model's, and that divergence times the
+#: angle, in radians, by which the original layer turns the residual stream.
+TRIED = ("loss", "kl", "kl_angle")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Search:
         self._criterion = criterion
         self._budget = budget
         self._trials = trials
-        self._base = None if trials is None else trials.loss()
+        self._base = None if trials is None else trials.original()
 
     def one_shot(self, calibration: Calibration) -> Outcome:
         """
@@ -107,7 +108,7 @@ class Search:
             if index not in unfit
         )
         taken, binding = self._walk(steps, calibration)
-        return self._outcome(order, scores, taken, binding, unfit, trials)
+        return self._outcome(order, scores, taken, binding, unfit, trials, calibration)
 
     def greedy(self, calibration: Calibration, passes: Passes) -> Outcome:
         """
@@ -116,13 +117,14 @@ class Search:
         :param calibration: of all candidates, on the original model
         :param passes: measure the candidates that are left
         """
-        first = self._try(calibration, {})
-        scores = self._scores(calibration, first, self._base)
+        if self._criterion in TRIED:
+            return self._lazily_greedy(calibration)
+        scores = self._scores(calibration, {}, self._base)
         chosen: dict[int, Replacement] = {}
         unfit: dict[int, str] = {}
 
         def steps() -> Iterator[Step]:
-            now, trials = calibration, first
+            now = calibration
             while True:
                 left = scores.keys() - chosen
                 unfit.clear()
@@ -130,18 +132,53 @@ class Search:
                 if left <= unfit.keys():
                     return
                 best = min(left - unfit.keys(), key=lambda i: (scores[i], i))
-                loss = trials[best].loss if best in trials else None
-                yield Step(best, now.replacements[best], loss)
+                yield Step(best, now.replacements[best])
                 chosen[best] = now.replacements[best]
                 with passes.replaced(chosen):
                     now = passes.estimate(left - {best})
-                trials = self._try(now, chosen)
-                scores.update(self._scores(now, trials, loss))
+                scores.update(self._scores(now, {}, None))
 
         taken, binding = self._walk(steps(), calibration)
         order = [step.index for step in taken]
         order += sorted(scores.keys() - order, key=lambda i: (scores[i], i))
-        return self._outcome(order, scores, taken, binding, unfit, first)
+        return self._outcome(order, scores, taken, binding, unfit, {}, calibration)
+
+    def _lazily_greedy(self, calibration: Calibration) -> Outcome:
+        """
+        Try again after each replacement, but only what may be the best.
+
+        What a layer adds to the harm hardly shrinks as others are replaced beside it,
+        so one that was worse before need not be tried (Minoux 1978, "Accelerated
+        greedy algorithms"). The maps stay as they were fitted to the original model:
+        what they get wrong in the linearized one, distillation sets right.
+
+        :param calibration: of all candidates, on the original model
+        """
+        first = self._try(calibration, {})
+        scores = self._scores(calibration, first, self._base)
+        unfit = self._unfit(calibration)
+        chosen: dict[int, Replacement] = {}
+
+        def steps() -> Iterator[Step]:
+            trials, now = dict(first), self._base
+            while left := scores.keys() - chosen - unfit.keys():
+                fresh = set() if chosen else set(left)
+                while True:
+                    best = min(left, key=lambda i: (scores[i], i))
+                    if best in fresh:
+                        break
+                    candidate = {best: calibration.replacements[best]}
+                    assert self._trials is not None
+                    trials.update(self._trials.single(candidate, chosen))
+                    scores.update(self._scores(calibration, {best: trials[best]}, now))
+                    fresh.add(best)
+                yield Step(best, calibration.replacements[best], trials[best].loss)
+                chosen[best], now = calibration.replacements[best], trials[best]
+
+        taken, binding = self._walk(steps(), calibration)
+        order = [step.index for step in taken]
+        order += sorted(scores.keys() - order, key=lambda i: (scores[i], i))
+        return self._outcome(order, scores, taken, binding, unfit, first, calibration)
 
     def refit(self, outcome: Outcome, passes: Passes) -> Outcome:
         """
@@ -152,13 +189,28 @@ class Search:
         """
         replacements = passes.refit(outcome.replacements).replacements
         heldout = outcome.heldout
-        if heldout is not None and self._trials is not None:
-            refitted = self._trials.loss(replacements).perplexity
-            heldout = replace(heldout, refitted=refitted)
+        if heldout is None or self._trials is None:
+            return replace(outcome, replacements=replacements)
+        before = self._trials.together(outcome.replacements)
+        after = self._trials.together(replacements)
+        heldout = replace(heldout, refitted=after.loss.perplexity)
+        if not after.kl < before.kl:
+            logger.warning(
+                "NBL: refit brought the model no nearer to the original on held-out "
+                "windows (divergence {:.5f}, {:.5f} before), so the maps stay as they "
+                "were fitted.",
+                after.kl,
+                before.kl,
+            )
+            return replace(outcome, heldout=heldout)
         return replace(outcome, replacements=replacements, heldout=heldout)
 
     def distill(
-        self, outcome: Outcome, distillation: Distillation, epochs: int, rate: float
+        self,
+        outcome: Outcome,
+        distillation: Distillation,
+        epochs: int,
+        rate: float | None,
     ) -> Outcome:
         """
         Return the same choice with trained replacements, see :class:`Distillation`.
@@ -166,7 +218,7 @@ class Search:
         :param outcome: of this search, whose layers have maps
         :param distillation: on windows of its own, tried on those of this search
         :param epochs: how often it goes over its windows
-        :param rate: learning rate
+        :param rate: learning rate; None: found on the windows of this search
         """
         trained, trial = distillation.run(outcome.replacements, epochs, rate)
         assert outcome.heldout is not None
@@ -181,17 +233,21 @@ class Search:
         binding: str,
         unfit: dict[int, str],
         trials: Mapping[int, Trial],
+        calibration: Calibration,
     ) -> Outcome:
         replacements = {step.index: step.replacement for step in taken}
         figures, heldout = {}, None
         if self._base is not None and self._trials is not None:
-            figures = {i: _figures(trial, self._base) for i, trial in trials.items()}
+            figures = {
+                i: _figures(trial, self._base, calibration.measured[i].cosine)
+                for i, trial in trials.items()
+            }
             final = taken[-1].loss or self._trials.loss(replacements)
             path = [step.loss.perplexity if step.loss else None for step in taken]
             heldout = HeldoutResult(
-                num_windows=len(self._base.window_tokens),
-                num_tokens=self._base.num_tokens,
-                base=self._base.perplexity,
+                num_windows=len(self._base.loss.window_tokens),
+                num_tokens=self._base.loss.num_tokens,
+                base=self._base.loss.perplexity,
                 path=path,
                 replaced=final.perplexity,
             )
@@ -209,13 +265,16 @@ class Search:
         self,
         calibration: Calibration,
         trials: Mapping[int, Trial],
-        before: PerplexityResult | None,
+        before: Trial | None,
     ) -> dict[int, float]:
         if self._criterion not in TRIED:
             measured = calibration.measured.items()
             return {i: getattr(m, self._criterion) for i, m in measured}
         assert before is not None
-        return {i: _figures(t, before)[self._criterion] for i, t in trials.items()}
+        return {
+            i: _figures(trial, before, calibration.measured[i].cosine)[self._criterion]
+            for i, trial in trials.items()
+        }
 
     def _unfit(self, calibration: Calibration) -> dict[int, str]:
         """Return why layers cannot be chosen, of those that cannot."""
@@ -273,7 +332,7 @@ class Search:
         """Return the increase of perplexity over the base model's, as a fraction."""
         assert step.loss is not None
         assert self._base is not None
-        return math.expm1(step.loss.nll_mean - self._base.nll_mean)
+        return math.expm1(step.loss.nll_mean - self._base.loss.nll_mean)
 
     def _none_fits_nmse(self, calibration: Calibration) -> ValueError:
         errors = {
@@ -298,9 +357,14 @@ class Search:
         )
 
 
-def _figures(trial: Trial, before: PerplexityResult) -> dict[str, float]:
-    """Return the values of the criteria in :data:`TRIED`."""
-    return {"loss": trial.loss.nll_mean - before.nll_mean, "kl": trial.kl}
+def _figures(trial: Trial, before: Trial, cosine: float) -> dict[str, float]:
+    """Return the values of the criteria in :data:`TRIED`, of one more replacement."""
+    kl = trial.kl - before.kl
+    return {
+        "loss": trial.loss.nll_mean - before.loss.nll_mean,
+        "kl": kl,
+        "kl_angle": kl * math.acos(max(-1.0, 1.0 - cosine)),
+    }
 
 
 def find_replacements(
@@ -315,7 +379,7 @@ def find_replacements(
     greedy: bool,
     refit: bool,
     distill_epochs: int,
-    distill_rate: float,
+    distill_rate: float | None,
 ) -> Outcome:
     """
     Choose layers, and fit them again, or train them, if asked for.
@@ -330,7 +394,7 @@ def find_replacements(
     :param greedy: whether to rank again after each replacement
     :param refit: whether to fit the chosen ones again
     :param distill_epochs: how often to go over the windows to train them in the end
-    :param distill_rate: learning rate of that
+    :param distill_rate: learning rate of that; None: found on held-out windows
     """
     if data is None:
         return Search(criterion, budget).one_shot(calibration)

@@ -17,7 +17,7 @@ from .forward import PartialForward
 from .surgery import Replacement, replaced
 from .windows import Windows
 
-__all__ = ["Target", "Trial", "Trials", "divergence", "target_tokens"]
+__all__ = ["OriginalLogits", "Target", "Trial", "Trials", "divergence", "target_tokens"]
 
 # Rows of logits in float32 at a time: of 128,000 tokens each, a quarter of a gigabyte.
 _ROWS = 512
@@ -37,6 +37,36 @@ class Trial:
     kl: float
 
 
+class OriginalLogits:
+    """
+    What the original model predicts, each window run once.
+
+    The residual stream behind the last layer is kept, on the CPU, and the head computes
+    the logits from it again: of a vocabulary they would be hundreds of times as large.
+
+    :param forward: the model; whenever it is asked, with nothing replaced
+    :param windows: what it predicts
+    """
+
+    def __init__(self, forward: PartialForward, windows: Windows) -> None:
+        self._forward = forward
+        self._windows = windows
+        self._streams: dict[int, Tensor] = {}
+
+    def of(self, number: int) -> Tensor:
+        """
+        Return the logits of a batch, ``[batch, tokens, vocabulary]``.
+
+        :param number: of the batch
+        """
+        batch, end = self._windows.batches[number], len(self._forward.layers)
+        if number not in self._streams:
+            stream = self._forward.hidden_states(batch, end)
+            assert stream is not None
+            self._streams[number] = stream.cpu()
+        return self._forward.logits(batch, self._streams[number], end)
+
+
 class Trials:
     """
     Trials of a model on the same windows, which leave it as it is.
@@ -52,6 +82,14 @@ class Trials:
         self._forward = forward
         self._architecture = architecture
         self._windows = windows
+        self._original = OriginalLogits(forward, windows)
+
+    def original(self) -> Trial:
+        """Return how the original model does; nothing must be replaced."""
+        sums = _Sums()
+        for number in range(len(self._windows.batches)):
+            sums.add(target_tokens(self._windows, number), self._original.of(number))
+        return sums.trial()
 
     def loss(
         self, replacements: Mapping[int, Replacement] | None = None
@@ -80,7 +118,7 @@ class Trials:
         with replaced(layers, self._architecture, replacements) as undone:
             for number, batch in enumerate(self._windows.batches):
                 with undone():
-                    original = self._forward.logits(batch)
+                    original = self._original.of(number)
                 targets = target_tokens(self._windows, number)
                 sums.add(targets, self._forward.logits(batch), original)
         return sums.trial()
@@ -103,7 +141,7 @@ class Trials:
         batches = tqdm(self._windows.batches, "NBL: trying layers", leave=False)
         for number, batch in enumerate(batches):
             targets = target_tokens(self._windows, number)
-            original = self._forward.logits(batch)
+            original = self._original.of(number)
             stream, start = None, 0
             with replaced(layers, architecture, given or {}):
                 for index, sum_ in sums.items():

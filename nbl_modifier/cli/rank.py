@@ -28,7 +28,7 @@ example:
   nbl rank meta-llama/Llama-3.1-8B --dataset c4 --save-statistics stats
   nbl rank meta-llama/Llama-3.1-8B --statistics stats --criterion nmse
 """
-_CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl")
+_CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl", "kl_angle")
 
 
 def add_parser(commands: Any) -> None:

@@ -47,6 +47,8 @@ class LayerResult:
         this layer alone is replaced, nats per token, if measured
     :param kl: divergence of the next-token distributions from the original model's,
         likewise
+    :param kl_angle: ``kl`` times the angle, in radians, between the residual stream
+        before and after the original layer
     """
 
     name: str
@@ -67,6 +69,7 @@ class LayerResult:
     cosine: float | None = None
     loss: float | None = None
     kl: float | None = None
+    kl_angle: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

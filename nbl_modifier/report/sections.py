@@ -25,7 +25,7 @@ from .schema import NBLReport
 __all__ = ["group_sections"]
 
 # Fields of LayerResult that a ranking can follow, lowest first.
-_CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl")
+_CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl", "kl_angle")
 # Columns of the ranking: field and format, where it was measured.
 _MEASURED = {
     "bound": ("cca_bound", ".3f"),
@@ -35,6 +35,7 @@ _MEASURED = {
     "cosine": ("cosine", ".5f"),
     "loss": ("loss", ".5f"),
     "KL": ("kl", ".5f"),
+    "KL x angle": ("kl_angle", ".6f"),
     "score": ("score", ".5g"),
 }
 _NO_CORRELATIONS = (

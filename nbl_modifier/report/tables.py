@@ -15,6 +15,7 @@ _COLUMNS: dict[str, tuple[str, str]] = {
     "residual NMSE": ("residual_nmse", ".5f"),
     "loss": ("loss", "+.4f"),
     "KL": ("kl", ".4f"),
+    "KL x angle": ("kl_angle", ".5f"),
     "tokens": ("num_tokens", ","),
 }
 

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Muon in float32: steps whose size no gradient sets. torch only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Muon", "Trained", "orthogonalized"]
+
+# The learning rate rises over so many steps, and falls along a cosine to the end.
+_WARMUP = 8
+_MOMENTUM = 0.95
+# A polynomial whose iteration brings all singular values of a matrix near one, from
+# Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+_COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+
+
+@dataclass(frozen=True)
+class Trained:
+    """
+    A parameter, and how far a step takes it.
+
+    :param parameter: a matrix ``[d_out, d_in]``, or a vector ``[d]``
+    :param step: of a matrix, the spectral norm of a full step; of a vector, how much
+        each value changes by
+    """
+
+    parameter: nn.Parameter
+    step: float
+
+
+class Muon:
+    """
+    Orthogonalized momentum for matrices, Adam for vectors.
+
+    ``torch.optim.Muon`` orthogonalizes in bfloat16, which some CPUs compute tens of
+    times more slowly than float32.
+
+    :param trained: what is trained
+    :param steps: after how many the learning rate has fallen to zero
+    """
+
+    def __init__(self, trained: Sequence[Trained], steps: int) -> None:
+        self._matrices = [each for each in trained if each.parameter.ndim == 2]
+        self._momenta = [
+            torch.zeros_like(each.parameter.detach()) for each in self._matrices
+        ]
+        vectors = [each for each in trained if each.parameter.ndim == 1]
+        self._adam = torch.optim.Adam(
+            [{"params": [each.parameter], "lr": each.step} for each in vectors],
+            betas=(0.9, 0.99),
+            eps=1e-15,  # the usual 1e-8 is what gradients of a large model may be
+        )
+        self._steps, self._done = steps, 0
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adam, self._scale)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Take a step along the gradients, and forget them."""
+        scale = self._scale(self._done)
+        for each, momentum in zip(self._matrices, self._momenta, strict=True):
+            gradient = each.parameter.grad
+            if gradient is not None:
+                momentum.mul_(_MOMENTUM).add_(gradient)
+                direction = orthogonalized(gradient + _MOMENTUM * momentum)
+                each.parameter.sub_(direction, alpha=each.step * scale)
+                each.parameter.grad = None
+        self._adam.step()
+        self._adam.zero_grad()
+        self._schedule.step()
+        self._done += 1
+
+    def _scale(self, step: int) -> float:
+        warm = min(1.0, (step + 1) / min(_WARMUP, self._steps))
+        return warm * (1 + math.cos(math.pi * step / self._steps)) / 2
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """
+    Return the matrix with all its singular values brought near one, by products only.
+
+    :param matrix: ``[rows, columns]``, floating point; zeros stay zeros
+    :return: ``[rows, columns]``, singular values between about 0.7 and 1.2, but for
+        those that were below a thousandth of the largest
+    """
+    rows, columns = matrix.shape
+    x = matrix if rows <= columns else matrix.T
+    x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
+    first, third, fifth = _COEFFICIENTS
+    for _ in range(_ITERATIONS):
+        square = x @ x.T
+        x = first * x + (third * square + fifth * square @ square) @ x
+    return x if rows <= columns else x.T
