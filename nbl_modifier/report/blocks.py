@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Code", "FigureItem", "Item", "Section", "Table", "Text"]
+__all__ = ["Code", "FigureItem", "Item", "Section", "Table", "Text", "code"]
 
 # 1,024   0.7529   1.08 ± 0.01   12.5%   4 of 16   3.5 GiB
 _NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e[+-]\d+)?( ± [\d.]+)?(%| of \d+| [KMGT]?i?B)?")
@@ -77,6 +77,18 @@ class FigureItem:
 
     draw: Callable[[], Figure]
     caption: str
+
+
+def code(text: str) -> str:
+    """
+    Return text to stand in a :class:`Text` as code, whatever is in it.
+
+    :param text: a name, a path
+    """
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 Item = Text | Table | Code | FigureItem
