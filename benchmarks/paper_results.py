@@ -299,12 +299,6 @@ def _row(
     best: Measured | None,
     tasks: list[str],
 ) -> MethodRow:
-    known = None
-    if base is not None and base.facts is not None and own.facts is not None:
-        right = [prompt for prompt, is_right in base.facts.items() if is_right]
-        known = (
-            (sum(own.facts[prompt] for prompt in right), len(right)) if right else None
-        )
     return MethodRow(
         method=own.cell["method"],
         m=own.cell["m"],
@@ -320,10 +314,18 @@ def _row(
         average=_average(own, tasks),
         over_base=_difference(own, base, tasks),
         over_reference=_difference(own, paper, tasks),
-        facts=known,
+        facts=_facts(own, base),
         speed=own.speed,
         seconds=seconds,
     )
+
+
+def _facts(own: Measured, base: Measured | None) -> tuple[int, int] | None:
+    """Return right completions, of those that the base model has right."""
+    if own.facts is None or base is None or not any((base.facts or {}).values()):
+        return None
+    right = [prompt for prompt, is_right in (base.facts or {}).items() if is_right]
+    return sum(own.facts[prompt] for prompt in right), len(right)
 
 
 def _text_result(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .colours import GRID, SERIES, TEXT
 from .methods_table import MethodRow, MethodsTable, Value
@@ -21,6 +21,10 @@ __all__ = ["quality_over", "quality_over_speed"]
 _MARKERS = "osD^vPX*"
 _PANEL_INCHES = (3.45, 3.5)
 _LEGEND_INCHES = 0.55
+# Ticks of a logarithmic axis in each decade, by how much of one is shown.
+_FINEST = (1.0, 1.02, 1.05, 1.1, 1.15, 9.0, 9.5, 9.8)
+_FINE = (1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 9.0)
+_MIDDLE = (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class _Panel:
     :param x_label: of the horizontal axis
     :param x: a row's place there
     :param is_ratio: whether it is over the base model's, drawn logarithmically
+    :param ticks: of the horizontal axis, where not those that matplotlib chooses
+    :param is_inverted: whether that axis falls to the right
     """
 
     y_label: str
@@ -40,6 +46,8 @@ class _Panel:
     x_label: str
     x: Callable[[MethodRow], Value | None]
     is_ratio: bool
+    ticks: list[float] | None = None
+    is_inverted: bool = False
 
 
 def quality_over(table: MethodsTable, horizontal: str) -> Figure:
@@ -53,7 +61,7 @@ def quality_over(table: MethodsTable, horizontal: str) -> Figure:
     :raises ImportError: if matplotlib is missing; the message says how to install it
     """
     if horizontal == "m":
-        x_label = f"of {table.num_layers} layers replaced"
+        x_label = f"layers or blocks replaced, of {table.num_layers}"
 
         def x(row: MethodRow) -> Value | None:
             return float(row.m), None
@@ -63,7 +71,12 @@ def quality_over(table: MethodsTable, horizontal: str) -> Figure:
         def x(row: MethodRow) -> Value | None:
             return 100 * row.kv_cache, None
 
-    return _draw(table, [_Panel(*each[:2], x_label, x, each[2]) for each in _ys(table)])
+    places = {place[0] for row in table.rows if (place := x(row)) is not None}
+    panels = [
+        _Panel(*each[:2], x_label, x, each[2], sorted(places), horizontal != "m")
+        for each in _ys(table)
+    ]
+    return _draw(table, panels)
 
 
 def quality_over_speed(table: MethodsTable) -> Figure:
@@ -114,36 +127,47 @@ def _draw(table: MethodsTable, panels: Sequence[_Panel]) -> Figure:
     for axes, panel in zip(all_axes, panels, strict=True):
         for number, method in enumerate(methods):
             rows = [row for row in table.rows if row.method == method]
-            _line(axes, panel, rows, number, is_best=method == table.best)
-        _base_line(axes, panel, base)
+            style_of = _line_style(number, is_best=method == table.best)
+            _draw_line(axes, panel, rows, base, style_of)
+        _draw_base(axes, panel, base)
         style(axes)
         axes.grid(axis="x", color=GRID, zorder=0)
-        axes.margins(x=0.06, y=0.06)
+        axes.margins(x=0.05, y=0.06)
         if panel.is_ratio:
             _logarithmic(axes)
+        if panel.ticks:
+            axes.set_xticks(panel.ticks, [f"{tick:.0f}" for tick in panel.ticks])
+        if panel.is_inverted:
+            axes.invert_xaxis()
         axes.set_xlabel(panel.x_label, fontsize=9, parse_math=False)
         axes.set_title(
             panel.y_label, fontsize=9.5, color=TEXT, loc="left", parse_math=False
         )
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    legend = figure.legend(
-        handles,
-        labels,
-        loc="outside lower center",
-        ncols=min(len(labels), 4 if len(panels) > 1 else 3),
-        frameon=False,
-        fontsize=9,
-        labelcolor=TEXT,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    _add_legend(figure, all_axes[0], 4 if len(panels) > 1 else 3)
     return figure
 
 
-def _line(
-    axes: Axes, panel: _Panel, rows: Sequence[MethodRow], number: int, *, is_best: bool
+def _line_style(number: int, *, is_best: bool) -> dict[str, Any]:
+    """Return how the line of a method looks; the best is thicker and on top."""
+    return {
+        "color": SERIES[number % len(SERIES)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markersize": 6.5 if is_best else 5,
+        "linewidth": 2.4 if is_best else 1.3,
+        "elinewidth": 1.2,
+        "capsize": 2.5,
+        "zorder": 4 if is_best else 3,
+    }
+
+
+def _draw_line(
+    axes: Axes,
+    panel: _Panel,
+    rows: Sequence[MethodRow],
+    base: MethodRow | None,
+    style_of: dict[str, Any],
 ) -> None:
-    """Draw one method; the best is drawn thicker and above the others."""
+    """Draw one method, from the base model on."""
     points = [(panel.x(row), panel.y(row)) for row in rows]
     known = sorted((x, y) for x, y in points if x is not None and y is not None)
     axes.errorbar(
@@ -152,22 +176,44 @@ def _line(
         xerr=[x[1] or 0.0 for x, _ in known] if any(x[1] for x, _ in known) else None,
         yerr=[y[1] or 0.0 for _, y in known],
         label=rows[0].method,
-        color=SERIES[number % len(SERIES)],
-        marker=_MARKERS[number % len(_MARKERS)],
-        markersize=6.5 if is_best else 5,
-        linewidth=2.4 if is_best else 1.3,
-        elinewidth=1.2,
-        capsize=2.5,
-        zorder=4 if is_best else 3,
+        **style_of,
     )
+    x, y = (panel.x(base), panel.y(base)) if base is not None else (None, None)
+    if known and x is not None and y is not None:
+        start = x[0]
+        nearest = min(known, key=lambda point: abs(point[0][0] - start))
+        axes.plot(
+            [start, nearest[0][0]],
+            [y[0], nearest[1][0]],
+            color=style_of["color"],
+            linewidth=style_of["linewidth"],
+            zorder=style_of["zorder"],
+        )
 
 
-def _base_line(axes: Axes, panel: _Panel, base: MethodRow | None) -> None:
-    value = (1.0, None) if panel.is_ratio else base and panel.y(base)
+def _draw_base(axes: Axes, panel: _Panel, base: MethodRow | None) -> None:
+    value = None if base is None else panel.y(base)
     if value is not None:
         axes.axhline(
             value[0], color=TEXT, linewidth=1.1, linestyle=(0, (4, 3)), label="base"
         )
+
+
+def _add_legend(figure: Figure, axes: Axes, columns: int) -> None:
+    """Explain the lines of all panels below them, the base model last."""
+    entries = zip(*axes.get_legend_handles_labels(), strict=True)
+    handles, labels = zip(*sorted(entries, key=lambda e: e[1] == "base"), strict=True)
+    legend = figure.legend(
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(len(labels), columns),
+        frameon=False,
+        fontsize=9,
+        labelcolor=TEXT,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _logarithmic(axes: Axes) -> None:
@@ -176,10 +222,8 @@ def _logarithmic(axes: Axes) -> None:
 
     axes.set_yscale("log")
     least, greatest = axes.get_ylim()
-    range_ = greatest / least
-    subs = (1, 1.2, 1.5, 2, 3, 5, 7) if range_ < 12 else (1, 2, 5)
-    if range_ < 1.6:
-        subs = (1, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs if range_ < 2000 else (1,)))
+    choices = {1.2: _FINEST, 1.6: _FINE, 12.0: _MIDDLE, 500.0: (1.0, 2.0, 5.0)}
+    subs = next((s for r, s in choices.items() if greatest / least < r), (1.0,))
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

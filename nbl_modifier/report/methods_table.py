@@ -43,6 +43,19 @@ class TextResult:
     over_best: Value | None = None
     recovered: Value | None = None
 
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Self:
+        """
+        Return the result of ``dataclasses.asdict``, after a round trip by JSON.
+
+        :param fields: JSON types
+        """
+        values = {name: _value(entry) for name, entry in fields.items()}
+        perplexity = values.pop("perplexity")
+        if perplexity is None:
+            raise ValueError("perplexity: is null")
+        return cls(perplexity, **values)
+
 
 @dataclasses.dataclass(frozen=True)
 class MethodRow:
@@ -89,7 +102,7 @@ class MethodRow:
         :param fields: JSON types
         """
         texts = {
-            name: TextResult(**{key: _value(each) for key, each in entry.items()})
+            name: TextResult.from_fields(entry)
             for name, entry in fields["texts"].items()
         }
         values = {key: _value(fields[key]) for key in _VALUES}
