@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Code", "FigureItem", "Item", "Section", "Table", "Text", "code"]
+__all__ = ["CODE", "Code", "FigureItem", "Item", "Section", "Table", "Text", "code"]
 
 # 1,024   0.7529   1.08 ± 0.01   12.5%   4 of 16   3.5 GiB
 _NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e[+-]\d+)?( ± [\d.]+)?(%| of \d+| [KMGT]?i?B)?")
+
+#: Code in a :class:`Text`: the fence, and what stands between two of it.
+CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,11 @@ class Table:
     rows: Sequence[tuple[str, ...]]
     marked: frozenset[int] = frozenset()
     is_detail: bool = False
+
+    @property
+    def summary(self) -> str:
+        """What is shown of a detail before it is asked for."""
+        return f"The numbers, {len(self.rows):,} rows"
 
     @property
     def is_numeric(self) -> list[bool]:
@@ -85,9 +93,10 @@ def code(text: str) -> str:
 
     :param text: a name, a path
     """
+    text = " ".join(text.split())
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * (longest + 1)
-    space = " " if text.startswith("`") or text.endswith("`") else ""
+    space = " " if longest else ""
     return f"{fence}{space}{text}{space}{fence}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import count
 
-from .blocks import Code, FigureItem, Item, Section, Table
+from .blocks import CODE, Code, FigureItem, Item, Section, Table
 from .plots import inline_svg
 
 __all__ = ["render_html"]
@@ -167,9 +167,16 @@ def _table(table: Table) -> str:
     )
     if not table.is_detail:
         return text
-    return f"<details>\n<summary>The numbers</summary>\n{text}\n</details>"
+    return f"<details>\n<summary>{table.summary}</summary>\n{text}\n</details>"
 
 
 def _inline(text: str) -> str:
     """Escape a paragraph; what stands between backquotes becomes code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return CODE.sub(
+        lambda match: (
+            f"<code>{match[2].removeprefix(' ').removesuffix(' ')}</code>"
+            if len(match[1]) > 1
+            else f"<code>{match[2]}</code>"
+        ),
+        escape(text),
+    )
