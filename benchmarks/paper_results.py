@@ -7,6 +7,7 @@ import json
 import math
 import shlex
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,24 @@ class Cell:
         return BASE if self.method == BASE else f"{slug(self.method)}-m{self.m}"
 
 
+class Clock:
+    """Counts from now on: a busy machine's time says little without the processor's."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._cpu_start = time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        """Time since, in seconds."""
+        return time.perf_counter() - self._start
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of this process since, all its threads together."""
+        return time.process_time() - self._cpu_start
+
+
 class Results:
     """
     A folder of results.
@@ -165,13 +184,14 @@ class Results:
 
         :param cell: the model
         :param result: JSON types, finite
-        :param seconds: that it took
+        :param clock: started when it was begun
         :param part: its name
         """
         self.directory(cell).mkdir(parents=True, exist_ok=True)
         content = {
             "result": result,
-            "seconds": round(seconds, 1),
+            "seconds": round(clock.seconds, 1),
+            "cpu_seconds": round(clock.cpu_seconds, 1),
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "versions": collect_versions(),
             "created": utc_timestamp(),

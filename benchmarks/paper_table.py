@@ -26,7 +26,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -50,6 +49,7 @@ from methods import (  # type: ignore[import-not-found]  # beside this script
 )
 from paper_results import (  # type: ignore[import-not-found]
     Cell,
+    Clock,
     Results,
     Settings,
     perplexity_fields,
@@ -144,13 +144,11 @@ class Run:
             return
         model = self._model(cell)
         if self.results.read(cell) is None:  # the base model
-            self.results.write(cell, self._described(cell, model, []), 0.0)
+            self.results.write(cell, self._described(cell, model, []), Clock())
         for part, function in missing.items():
-            start = time.perf_counter()
-            result = function(model)
-            seconds = time.perf_counter() - start
-            self.results.write(cell, result, seconds, part)
-            print(f"{cell.name}: {part}, {seconds:,.0f} s", flush=True)
+            clock = Clock()
+            self.results.write(cell, function(model), clock, part)
+            print(f"{cell.name}: {part}, {clock.seconds:,.0f} s", flush=True)
         if not self._args.keep_checkpoints:
             shutil.rmtree(self._checkpoint(cell), ignore_errors=True)
 
@@ -209,7 +207,7 @@ class Run:
         return path
 
     def _compress(self, cell: Cell, checkpoint: Path) -> None:
-        start = time.perf_counter()
+        clock = Clock()
         shutil.rmtree(checkpoint, ignore_errors=True)
         partial_folder = checkpoint.with_name("checkpoint.partial")
         shutil.rmtree(partial_folder, ignore_errors=True)
@@ -224,16 +222,15 @@ class Run:
             seed=self._args.seed,
         )
         partial_folder.rename(checkpoint)
-        seconds = time.perf_counter() - start
         report = NBLReport.load(checkpoint / REPORT_FILE_NAME)
         described = self._described(cell, load(checkpoint), report.selected_layers)
-        self.results.write(cell, described, seconds)
+        self.results.write(cell, described, clock)
         layers = ", ".join(map(str, report.selected_layers))
-        print(f"{cell.name}: layers {layers}, {seconds:,.0f} s", flush=True)
+        print(f"{cell.name}: layers {layers}, {clock.seconds:,.0f} s", flush=True)
 
     def _sliced(self, cell: Cell) -> PreTrainedModel:
         """Return SliceGPT's model with as many parameters as NBL's, or fewer."""
-        start = time.perf_counter()
+        clock = Clock()
         budgets = (self.results.read(Cell(method, cell.m)) for method in (BEST, PAPER))
         budget = next((each for each in budgets if each is not None), None)
         if budget is None:
@@ -247,7 +244,7 @@ class Run:
         slice_model(model, tokens.split(self._args.batch_size), width)
         if self.results.read(cell) is None:
             described = self._described(cell, model, []) | {"width": width}
-            self.results.write(cell, described, time.perf_counter() - start)
+            self.results.write(cell, described, clock)
         return model
 
     def _described(
@@ -273,7 +270,7 @@ class Run:
     def _task(self, name: str, model: PreTrainedModel) -> dict[str, Any]:
         """Return a task's scores under the name it has on the hub."""
         task, limit = self._tasks[name], self._args.tasks_limit
-        loaded = self._loaded(name)
+        loaded = self._loaded[name]
         if limit is not None and name == "mmlu" and self._args.data is None:
             limit = math.ceil(limit / _MMLU_SUBJECTS)
         scores = evaluate_model(
@@ -288,9 +285,11 @@ class Run:
             scores[loaded.names[0]], task=name, num_fewshot=shots or 0
         ).to_fields()
 
-    @functools.cache  # noqa: B019  one run for the life of the process
-    def _loaded(self, name: str) -> LoadedTask:
-        return load_tasks([self._tasks[name]])[0]
+    @functools.cached_property
+    def _loaded(self) -> dict[str, LoadedTask]:
+        # all at once: lm-eval reads its index of tasks each time
+        loaded = load_tasks(list(self._tasks.values()))
+        return dict(zip(self._tasks, loaded, strict=True))
 
     def _speed(self, cell: Cell) -> dict[str, Any]:
         """Run ``nbl benchmark`` where vLLM is; it writes its own file, too."""
