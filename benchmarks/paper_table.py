@@ -47,14 +47,16 @@ from methods import (  # type: ignore[import-not-found]  # beside this script
     layers_with_cache,
     load,
 )
+from paper_numbers import (  # type: ignore[import-not-found]
+    perplexity_fields,
+    render,
+    save_table,
+)
 from paper_results import (  # type: ignore[import-not-found]
     Cell,
     Clock,
     Results,
     Settings,
-    perplexity_fields,
-    render,
-    save_table,
 )
 from paper_tasks import paper_tasks  # type: ignore[import-not-found]
 from paper_texts import (  # type: ignore[import-not-found]

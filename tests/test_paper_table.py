@@ -30,7 +30,7 @@ PAPER, DROP, SLICED = "NBL (paper)", "DROP", "SliceGPT"
 @pytest.fixture(scope="module")
 def modules() -> Iterator[Any]:
     """The scripts, which import each other by their names."""
-    names = ("paper_table", "paper_results", "paper_tasks", "paper_texts")
+    names = ("paper_table", "paper_numbers", "paper_tasks", "paper_texts")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield {name: importlib.import_module(name) for name in names}
@@ -190,7 +190,7 @@ def _argument(folder: Path, option: str) -> str:
 def test_error_of_what_is_recovered_is_that_of_many_draws(modules: Any) -> None:
     """Against the spread over draws of windows, three correlated models."""
     generator = torch.Generator().manual_seed(0)
-    results = modules["paper_results"]
+    numbers = modules["paper_numbers"]
 
     def draw() -> tuple[float, float]:
         shared = torch.randn(200, generator=generator, dtype=torch.float64)
@@ -199,10 +199,10 @@ def test_error_of_what_is_recovered_is_that_of_many_draws(modules: Any) -> None:
             own = torch.randn(200, generator=generator, dtype=torch.float64)
             nlls = 10 * (mean + 0.3 * shared + 0.05 * own)
             scores.append(
-                results.ratio_score((-nlls).tolist(), [10] * 200, "perplexity", False)
+                numbers.ratio_score((-nlls).tolist(), [10] * 200, "perplexity", False)
             )
         base, score, paper = scores
-        value = results.recovered(score, base, paper)
+        value = numbers.recovered(score, base, paper)
         return float(value[0]), float(value[1])
 
     draws = [draw() for _ in range(400)]
@@ -285,7 +285,7 @@ def test_no_document_is_calibrated_on_and_measured(
     )
 
     def documents(rows: Any) -> set[str]:
-        words = " ".join(tokenizer.decode(ids) for ids in rows["input_ids"]).split()
+        words = " ".join(tokenizer.batch_decode(rows["input_ids"])).split()
         return {word for word in words if word.startswith("unique")}
 
     calibrated = documents(windows.calibration)

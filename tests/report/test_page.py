@@ -358,23 +358,21 @@ def shown(markdown: str) -> Words:
     return Words(renderer.render(markdown))
 
 
+def page_of(name: str) -> list[tuple[str, list[Section]]]:
+    """Return a report in which a name stands wherever one can."""
+    table = Table((name, "x"), [(name, "1"), (name, "2")])
+    return [(name, [Section(name, [Text(code(name)), table])])]
+
+
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
 def test_names_are_shown_as_they_are(name: str) -> None:
-    items = [Text(code(name)), Table((name, "x"), [(name, "1"), (name, "2")])]
-    groups = [(name, [Section(name, [*items])])]
-    plain = [
-        ("n", [Section("n", [Text(code("n")), Table(("n", "x"), [("n", "1")] * 2)])])
-    ]
-    page = render_html(name, groups, "end")
-    assert Page(page).rows[name] == [[name, "x"], [name, "1"], [name, "2"]]
-    ours, like = (
-        shown(render_markdown(name, groups, "end")),
-        shown(render_markdown("n", plain, "end")),
-    )
-    assert ours.tags == like.tags  # nothing in a name is markup
+    page = Page(render_html(name, page_of(name), "end"))
+    assert page.rows[name] == [[name, "x"], [name, "1"], [name, "2"]]
+    ours = shown(render_markdown(name, page_of(name), "end"))
+    plain = shown(render_markdown("n", page_of("n"), "end"))
+    assert ours.tags == plain.tags  # nothing in a name is markup
     words = name.split()
-    expected = [*words * 5, "x", *words, "1", *words, "2", "end"]
-    assert ours.words == expected
+    assert ours.words == [*words * 5, "x", *words, "1", *words, "2", "end"]
 
 
 def test_markdown_columns_are_aligned() -> None:
