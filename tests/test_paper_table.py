@@ -267,7 +267,7 @@ def test_no_document_is_calibrated_on_and_measured(
     modules: Any, data: Path, tmp_path: Path
 ) -> None:
     texts = [
-        f"unique{i} = {i}\n" * 40
+        f"unique{i:02d} = {i}\n" * 40
         for i in range(30)
         for _ in range(2)  # each twice
     ]
@@ -292,8 +292,8 @@ def test_no_document_is_calibrated_on_and_measured(
     measured = documents(windows.heldout["text"])
     assert len(windows.calibration) == 20
     assert len(windows.heldout["text"]) == 10
-    # a window may begin within a name, so compare whole names only
-    names = {f"unique{i}" for i in range(30)}
+    # a window may end within a name, which is then none of these
+    names = {f"unique{i:02d}" for i in range(30)}
     assert calibrated & names
     assert measured & names
     assert not calibrated & measured & names

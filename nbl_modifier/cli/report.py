@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 _DESCRIPTION = """\
-Make one HTML page, and the same as Markdown, from the JSON reports in folders: quality,
-of checkpoints and of methods, against speed and against KV cache, the size of the KV
-cache, rankings, layers that each criterion would choose, and canonical correlations. The
-page needs no network and follows the reader's light or dark theme.
+Make one HTML page, and the same as Markdown, from the JSON reports in folders: quality
+of checkpoints and of methods, quality against speed and against KV cache, the size of
+the KV cache, rankings, layers that each criterion would choose, and canonical
+correlations. The page needs no network and follows the reader's light or dark theme.
 """
 _EPILOG = """\
 example:
