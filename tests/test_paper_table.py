@@ -285,7 +285,7 @@ def test_no_document_is_calibrated_on_and_measured(
     )
 
     def documents(rows: Any) -> set[str]:
-        words = " ".join(tokenizer.batch_decode(rows["input_ids"])).split()
+        words = " ".join(tokenizer.batch_decode(rows["input_ids"][:])).split()
         return {word for word in words if word.startswith("unique")}
 
     calibrated = documents(windows.calibration)
