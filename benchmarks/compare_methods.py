@@ -24,12 +24,23 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from llmcompressor import oneshot
+from methods import (  # type: ignore[import-not-found]  # beside this script
+    BASE,
+    BEST,
+    PAPER,
+    RECIPES,
+    SLICED,
+    compress,
+    layers_with_cache,
+    load,
+    slug,
+    with_error,
+)
 from slicegpt import (  # type: ignore[import-not-found]  # beside this script
     slice_model,
     widest_within,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier
@@ -41,29 +52,9 @@ from nbl_modifier.evaluation import (
     load_tasks,
     perplexity,
 )
-from nbl_modifier.hf.configuration_nbl import NBLConfigMixin
 from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "pycode-4m"
-BASE, SLICED, PAPER, BEST = "base", "SliceGPT", "NBL (paper)", "NBL (best)"
-# NBLModifier's fields besides num_layers.
-RECIPES: dict[str, dict[str, Any]] = {
-    "DROP": {"method": "drop", "criterion": "cosine"},
-    "SLEB": {
-        "kind": "block",
-        "method": "drop",
-        "criterion": "loss",
-        "selection": "greedy",
-    },
-    "block DROP": {"kind": "block", "method": "drop", "criterion": "cosine"},
-    "block NBL": {"kind": "block"},
-    "W_oW_v": {"estimator": "wo_wv", "input": "normalized"},
-    PAPER: {},
-    "NBL (best, closed form)": {"preset": "best", "distill_epochs": 0},
-    BEST: {"preset": "best"},
-    # As many weights as full rank, in two layers.
-    "NBL (best, half rank)": {"preset": "best", "rank": 0.5},
-}
 
 
 @dataclass(frozen=True)
@@ -131,22 +122,16 @@ class Comparison:
         return pack(stdlib_texts(split), self._tokenizer, self._args.seq_length, count)
 
     def _compressed(self, method: str, fields: dict[str, Any], m: int) -> Row:
-        name = "-".join("".join(c if c.isalnum() else " " for c in method).split())
-        directory = self._folder / f"{name}-{m}"
-        modifier = NBLModifier(num_layers=m, **fields)
-        # Taken once for all methods that measure the same.
-        measured = f"statistics-{modifier.kind}-{modifier.input}"
-        modifier.save_statistics = str(self._folder / measured)
-        torch.manual_seed(self._args.seed)
-        oneshot(
-            model=load(self._args.model),
-            processor=self._tokenizer,
-            dataset=self._calibration,
-            recipe=modifier,
-            output_dir=str(directory),
-            num_calibration_samples=len(self._calibration),
-            shuffle_calibration_samples=False,
+        directory = self._folder / f"{slug(method)}-{m}"
+        compress(
+            load(self._args.model),
+            self._tokenizer,
+            self._calibration,
+            NBLModifier(num_layers=m, **fields),
+            directory,
+            self._folder,
             batch_size=self._args.batch_size,
+            seed=self._args.seed,
         )
         report = NBLReport.load(directory / REPORT_FILE_NAME)
         return self._row(method, m, report.selected_layers, load(directory))
@@ -191,19 +176,6 @@ class Comparison:
         return perplexity(model, self._heldout, self._args.batch_size)
 
 
-def load(model: str | Path) -> PreTrainedModel:
-    """Return the model in the dtype it was saved in."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-
-
-def layers_with_cache(config: Any) -> int:
-    """Return how many decoder layers of a model have a KV cache."""
-    replaced = 0
-    if isinstance(config, NBLConfigMixin):
-        replaced = len(config.linearized_layers())
-    return int(config.num_hidden_layers) - replaced
-
-
 def recovered(row: Row, rows: Sequence[Row]) -> float | None:
     """
     Return the part of NBL (paper)'s loss of perplexity that a row does not have.
@@ -244,11 +216,6 @@ def table(rows: Sequence[Row]) -> str:
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def with_error(value: float, error: float | None) -> str:
-    """Return a score and its standard error, where there is one."""
-    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -168,6 +168,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from nbl_modifier.benchmark import runner
     from nbl_modifier.benchmark.shapes import load_model
+    from nbl_modifier.report.markdown import fenced
     from nbl_modifier.report.schema import write_atomically
     from nbl_modifier.report.speed import SPEED_FILE_NAME
     from nbl_modifier.report.speed_table import (
@@ -194,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"not run: context {cell.context:,}, batch {cell.batch}: {cell.reason}")
     if folder is not None:
         report.save(folder / SPEED_FILE_NAME)
-        text = f"```\n{speed_summary(report)}\n```\n\n{markdown_speed_table(report)}\n"
+        text = f"{fenced(speed_summary(report))}\n\n{markdown_speed_table(report)}\n"
         write_atomically((folder / SPEED_FILE_NAME).with_suffix(".md"), text)
         print(f"\nwritten: {folder / SPEED_FILE_NAME}")
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 _DESCRIPTION = """\
-Make one HTML page, and the same as Markdown, from the JSON reports in folders:
-rankings, layers that each criterion would choose, canonical correlations, quality
-against speed and against KV cache, and the size of the KV cache. The page needs no
-network and follows the reader's light or dark theme.
+Make one HTML page, and the same as Markdown, from the JSON reports in folders: quality
+of checkpoints and of methods, quality against speed and against KV cache, the size of
+the KV cache, rankings, layers that each criterion would choose, and canonical
+correlations. The page needs no network and follows the reader's light or dark theme.
 """
 _EPILOG = """\
 example:
   nbl report Llama-3.1-8B-NBL4 Llama-3.1-8B-NBL12 --output report.html
 
-reads nbl_report.json, nbl_evaluation.json, nbl_benchmark.json and
+reads nbl_report.json, nbl_evaluation.json, nbl_benchmark.json, nbl_methods.json and
 nbl_measurements.json (docs/report.md)
 """
 

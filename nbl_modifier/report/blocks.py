@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Code", "FigureItem", "Item", "Section", "Table", "Text"]
+__all__ = ["CODE", "Code", "FigureItem", "Item", "Section", "Table", "Text", "code"]
 
 # 1,024   0.7529   1.08 ± 0.01   12.5%   4 of 16   3.5 GiB
 _NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e[+-]\d+)?( ± [\d.]+)?(%| of \d+| [KMGT]?i?B)?")
+
+#: Code in a :class:`Text`: the fence, and what stands between two of it.
+CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Table:
     is_detail: bool = False
 
     @property
+    def summary(self) -> str:
+        """What is shown of a detail before it is asked for."""
+        return f"The numbers, {len(self.rows):,} rows"
+
+    @property
     def is_numeric(self) -> list[bool]:
         """By column, whether it holds numbers and nothing else."""
         return [
@@ -77,6 +85,19 @@ class FigureItem:
 
     draw: Callable[[], Figure]
     caption: str
+
+
+def code(text: str) -> str:
+    """
+    Return text to stand in a :class:`Text` as code, whatever is in it.
+
+    :param text: a name, a path
+    """
+    text = " ".join(text.split())
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    space = " " if longest else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 Item = Text | Table | Code | FigureItem

@@ -19,6 +19,7 @@ from .measurements import (
     load_measurements,
     report_measurements,
 )
+from .methods_table import METHODS_FILE_NAME, MethodsTable
 from .schema import REPORT_FILE_NAME, NBLReport
 from .speed import SPEED_FILE_NAME
 
@@ -29,7 +30,7 @@ _MEASUREMENT_READERS = {
     EVALUATION_FILE_NAME: evaluation_measurements,
     SPEED_FILE_NAME: benchmark_measurements,
 }
-_FILE_NAMES = (REPORT_FILE_NAME, *_MEASUREMENT_READERS)
+_FILE_NAMES = (REPORT_FILE_NAME, METHODS_FILE_NAME, *_MEASUREMENT_READERS)
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,14 @@ class ModelGroup:
     :param checkpoints: those with a report, fewest replaced layers first
     :param models: what was measured, by model name, the base model first; models
         without a report are among them
+    :param methods: tables of compression methods on this base model
     """
 
     name: str
     model: str
     checkpoints: list[Checkpoint]
     models: dict[str, dict[str, Metric]]
+    methods: list[MethodsTable]
 
 
 def collect(paths: Sequence[Path]) -> list[ModelGroup]:
@@ -110,8 +113,23 @@ def collect(paths: Sequence[Path]) -> list[ModelGroup]:
         members.setdefault(_identity(base), [])
         if measurement.baseline is not None:
             members[_identity(base)].append(_identity(measurement.model))
+    tables = [
+        MethodsTable.load(file)
+        for file in files.values()
+        if file.name == METHODS_FILE_NAME
+    ]
+    for table in tables:
+        bases.setdefault(_identity(table.model), table.model)
+        members.setdefault(_identity(table.model), [])
     return [
-        _group(key, bases[key], list(dict.fromkeys(members[key])), reports, metrics)
+        _group(
+            key,
+            bases[key],
+            list(dict.fromkeys(members[key])),
+            reports,
+            metrics,
+            [table for table in tables if _identity(table.model) == key],
+        )
         for key in sorted(bases)
     ]
 
@@ -122,6 +140,7 @@ def _group(
     members: list[str],
     reports: dict[Path, NBLReport],
     metrics: dict[str, dict[str, Metric]],
+    methods: list[MethodsTable],
 ) -> ModelGroup:
     names = _distinct_names([key, *members])
     checkpoints = [
@@ -136,6 +155,7 @@ def _group(
         model=base,
         checkpoints=checkpoints,
         models={names[each]: metrics.get(each, {}) for each in [key, *members]},
+        methods=methods,
     )
 
 

@@ -8,24 +8,28 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import count
 
-from .blocks import Code, FigureItem, Item, Section, Table
+from .blocks import CODE, Code, FigureItem, Item, Section, Table
 from .plots import inline_svg
 
 __all__ = ["render_html"]
 
-# The four colours that figures use are --chosen, --kept, --text and --grid.
+# Figures use --chosen, --kept, --text, --grid and --series1 to 8: colours.py.
 _STYLE = """\
 :root {
   color-scheme: light dark;
   --page: #ffffff; --panel: #f8fafc; --text: #334155; --strong: #0f172a;
   --muted: #64748b; --grid: #e2e8f0; --kept: #94a3b8; --chosen: #c2410c;
   --chosen-row: #fff7ed;
+  --series1: #0b61a4; --series2: #d9480f; --series3: #0a8f6a; --series4: #b5489a;
+  --series5: #c98a00; --series6: #3aa6d8; --series7: #6b5b4d; --series8: #7a5cd6;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #0f172a; --panel: #162033; --text: #cbd5e1; --strong: #f1f5f9;
     --muted: #94a3b8; --grid: #2b3a52; --kept: #64748b; --chosen: #fb923c;
     --chosen-row: #2b2118;
+    --series1: #5aa9e6; --series2: #ff8a50; --series3: #3ccf9f; --series4: #e58acb;
+    --series5: #f2c14e; --series6: #8fd3f4; --series7: #c2b2a3; --series8: #ab95f5;
   }
 }
 * { box-sizing: border-box; }
@@ -163,9 +167,16 @@ def _table(table: Table) -> str:
     )
     if not table.is_detail:
         return text
-    return f"<details>\n<summary>The numbers</summary>\n{text}\n</details>"
+    return f"<details>\n<summary>{table.summary}</summary>\n{text}\n</details>"
 
 
 def _inline(text: str) -> str:
     """Escape a paragraph; what stands between backquotes becomes code."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return CODE.sub(
+        lambda match: (
+            f"<code>{match[2].removeprefix(' ').removesuffix(' ')}</code>"
+            if len(match[1]) > 1
+            else f"<code>{match[2]}</code>"
+        ),
+        escape(text),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from .blocks import Item, Table, Text
+from .blocks import Item, Table, Text, code
 from .collect import Checkpoint, ModelGroup
 from .kv_cache import KVCache, format_bytes
 
@@ -32,7 +32,7 @@ def kv_cache_section(group: ModelGroup) -> Iterator[Item]:
             base = base or KVCache.of_base_model(config, layers)
             limit = limit or config.get("max_position_embeddings")
         except ValueError as err:
-            yield Text(f"`{checkpoint.name}`: {err}", is_absence=True)
+            yield Text(f"{code(checkpoint.name)}: {err}", is_absence=True)
     if base is None:
         if not group.checkpoints:
             yield Text("No checkpoint, so no configuration.", is_absence=True)

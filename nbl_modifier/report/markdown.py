@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from .blocks import Code, FigureItem, Item, Section, Table
+from .blocks import CODE, Code, FigureItem, Item, Section, Table
 
-__all__ = ["render_markdown"]
+__all__ = ["escape_markdown", "fenced", "render_markdown"]
+
+# What means something within a line. An underscore does at the edge of a word only, and
+# criteria are full of them; a number sign at the edges of a heading.
+_SPECIAL = re.compile(r"[\\`*\[\]<>&|$~]|(?<![^\W_])_|_(?![^\W_])|(?<!\S)#|#(?!\S)")
+# What means something at the beginning of one.
+_OPENING = re.compile(r"^([-+=](?=\s|[-=]|$)|\d+(?=[.)]))")
 
 
 def render_markdown(
@@ -20,23 +27,67 @@ def render_markdown(
     :param groups: heading and sections of each base model
     :param footer: last line
     """
-    parts = [f"# {title}"]
+    parts = [f"# {escape_markdown(title)}"]
     for heading, sections in groups:
-        parts.append(f"## {heading}")
+        parts.append(f"## {escape_markdown(heading)}")
         for section in sections:
-            parts.append(f"### {section.title}")
+            parts.append(f"### {escape_markdown(section.title)}")
             parts += [text for item in section.items if (text := _item(item))]
     return "\n\n".join([*parts, footer]) + "\n"
 
 
+def escape_markdown(text: str) -> str:
+    """
+    Return one line that Markdown shows as the text is.
+
+    :param text: a name, say; line breaks become spaces
+    """
+    return _OPENING.sub(_escaped_opening, _escaped_cell(text))
+
+
+def fenced(text: str, language: str = "") -> str:
+    """
+    Return lines as they are, between fences that are longer than any in them.
+
+    :param text: several lines
+    :param language: of them, for colours
+    """
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _escaped_opening(match: re.Match[str]) -> str:
+    # of a list the dot is what counts: a digit cannot be escaped
+    return f"{match[0]}\\" if match[0].isdigit() else f"\\{match[0]}"
+
+
 def _item(item: Item) -> str:
     if isinstance(item, Table):
-        return aligned_table(item)
+        text = aligned_table(item)
+        if not item.is_detail:
+            return text
+        return f"<details>\n<summary>{item.summary}</summary>\n\n{text}\n\n</details>"
     if isinstance(item, Code):
-        return f"```\n{item.text}\n```"
+        return fenced(item.text)
     if isinstance(item, FigureItem):
         return ""  # its numbers stand in the table beside it
-    return f"*{item.text}*" if item.is_absence else item.text
+    text = _paragraph(item.text)
+    return f"*{text}*" if item.is_absence else text
+
+
+def _paragraph(text: str) -> str:
+    """Escape a paragraph but for what stands between backquotes, which is code."""
+    parts, end = [], 0
+    for match in CODE.finditer(text):
+        parts += [_escaped_part(text[end : match.start()], end), match[0]]
+        end = match.end()
+    return "".join([*parts, _escaped_part(text[end:], end)])
+
+
+def _escaped_part(text: str, start: int) -> str:
+    line = _SPECIAL.sub(lambda match: "\\" + match[0], re.sub(r"\s", " ", text))
+    return line if start else _OPENING.sub(_escaped_opening, line)
 
 
 def aligned_table(table: Table) -> str:
@@ -47,13 +98,10 @@ def aligned_table(table: Table) -> str:
 
     :param table: its cells
     """
-    rows = [
-        (f"**{row[0]}**", *row[1:]) if index in table.marked else row
-        for index, row in enumerate(table.rows)
-    ]
-    lines = [
-        tuple(cell.replace("|", "\\|") for cell in row) for row in (table.header, *rows)
-    ]
+    lines = [tuple(map(_escaped_cell, row)) for row in (table.header, *table.rows)]
+    for index in table.marked:
+        first, *others = lines[index + 1]
+        lines[index + 1] = (f"**{first}**", *others)
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     to_right = table.is_numeric
     texts = [
@@ -69,3 +117,8 @@ def aligned_table(table: Table) -> str:
     )
     header, *body = (f"| {text} |" for text in texts)
     return "\n".join([header, f"|{rule}|", *body])
+
+
+def _escaped_cell(text: str) -> str:
+    # nothing means more at the beginning of a cell than within it
+    return _SPECIAL.sub(lambda match: "\\" + match[0], " ".join(text.split()))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .markdown import escape_markdown, fenced
 from .schema import REPORT_FILE_NAME, NBLReport, write_atomically
 from .tables import markdown_table
 
@@ -143,7 +144,7 @@ def model_card(
     return _TEMPLATE.format(
         front_matter=_front_matter(report, quantization),
         title=(
-            f"{name}, {report.num_replaced} {report.subject} "
+            f"{escape_markdown(name)}, {report.num_replaced} {report.subject} "
             f"{'dropped' if report.method == 'drop' else 'linear'}"
         ),
         base_link=_link(report.model),
@@ -161,15 +162,19 @@ def model_card(
         kept=kept,
         kv_percent=100 * report.kv_cache_fraction,
         kv_ratio=f"{report.num_hidden_layers / kept:.3g} times" if kept else "all",
-        quantization_line=f"- quantization: {quantization}\n" if quantization else "",
-        training_line=f"- trained: {report.training}\n" if report.training else "",
+        quantization_line=(
+            f"- quantization: {escape_markdown(quantization)}\n" if quantization else ""
+        ),
+        training_line=f"- trained: {escape_markdown(report.training)}\n"
+        if report.training
+        else "",
         samples=report.num_calibration_samples,
         tokens=report.num_tokens,
         seconds=report.calibration_seconds,
         figures=_evaluation_table(report.evaluation),
         criterion=report.criterion,
         table=markdown_table(report),
-        recipe=f"```yaml\n{report.recipe.strip()}\n```\n\n" if report.recipe else "",
+        recipe=f"{fenced(report.recipe.strip(), 'yaml')}\n\n" if report.recipe else "",
         versions=", ".join(f"{name} {v}" for name, v in report.versions.items()),
         created=report.created,
     )
@@ -219,13 +224,16 @@ def _link(model: str) -> str:
     """Return how to name the base model; of a local path only its last part."""
     if _is_hub_model(model):
         return f"[{model}](https://huggingface.co/{model})"
-    return Path(model).name or "A local model"
+    return escape_markdown(Path(model).name) or "A local model"
 
 
 def _evaluation_table(evaluation: dict[str, float] | None) -> str:
     if not evaluation:
         return ""
-    rows = [f"| {name} | {_number(value)} |" for name, value in evaluation.items()]
+    rows = [
+        f"| {escape_markdown(name)} | {_number(value)} |"
+        for name, value in evaluation.items()
+    ]
     return "\n".join(["| figure | value |", "|:---|---:|", *rows]) + "\n\n"
 
 

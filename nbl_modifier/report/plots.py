@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .colours import CHOSEN, CSS_VARIABLES, GRID, KEPT, TEXT
 from .schema import LayerResult, NBLReport
 
 if TYPE_CHECKING:
@@ -21,20 +22,14 @@ __all__ = [
     "Point",
     "correlations_figure",
     "inline_svg",
+    "new_figure",
     "plot_ranking",
     "quantile_of",
     "ranking_figure",
     "scatter_figure",
+    "style",
 ]
 
-_CHOSEN, _KEPT, _TEXT, _GRID = "#c2410c", "#94a3b8", "#334155", "#e2e8f0"
-# A page that shows a figure inline defines these; see ``inline_svg``.
-_CSS_VARIABLES = {
-    _CHOSEN: "var(--chosen)",
-    _KEPT: "var(--kept)",
-    _TEXT: "var(--text)",
-    _GRID: "var(--grid)",
-}
 # On a page: text of 8.5 points comes out as large as the page's own.
 _PIXELS_PER_INCH = 104
 # Correlations of 1 up to rounding would otherwise set the scale.
@@ -76,7 +71,7 @@ def ranking_figure(report: NBLReport) -> Figure:
     :param report: a finished run
     :raises ImportError: if matplotlib is missing; the message says how to install it
     """
-    figure = _new_figure(5.6)
+    figure = new_figure(5.6)
     layers = sorted(report.layers, key=lambda layer: layer.index)
     figure.set_figwidth(_width_inches(len(layers)))
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -87,7 +82,7 @@ def ranking_figure(report: NBLReport) -> Figure:
     nmses = [layer.nmse for layer in layers]
     for axes, heights in ((upper, bounds), (lower, nmses)):
         _draw_bars(axes, positions, heights, chosen)
-        _style(axes)
+        style(axes)
     if report.criterion == "nmse":
         _label_ranks(lower, layers, nmses)
     else:
@@ -96,7 +91,9 @@ def ranking_figure(report: NBLReport) -> Figure:
     lower.set_ylabel("NMSE of the linear map")
     _label_layers(lower, positions)
     _add_legend(upper, report)
-    figure.suptitle(_title(report), fontsize=11, color=_TEXT, x=0.01, ha="left")
+    figure.suptitle(
+        _title(report), fontsize=11, color=TEXT, x=0.01, ha="left", parse_math=False
+    )
     return figure
 
 
@@ -110,7 +107,7 @@ def correlations_figure(report: NBLReport) -> Figure:
     :param report: a finished run with canonical correlations
     :raises ImportError: if matplotlib is missing; the message says how to install it
     """
-    figure = _new_figure(3.4)
+    figure = new_figure(3.4)
     layers = sorted(report.layers, key=lambda layer: layer.index)
     figure.set_figwidth(_width_inches(len(layers)))
     axes = figure.subplots()
@@ -125,12 +122,12 @@ def correlations_figure(report: NBLReport) -> Figure:
             )
             for q in (1.0, 0.75, 0.5, 0.25, 0.0)
         )
-        color = _CHOSEN if layer.selected else _KEPT
+        color = CHOSEN if layer.selected else KEPT
         axes.vlines(layer.index, least, greatest, color=color, linewidth=1.2, zorder=2)
         axes.vlines(layer.index, lower, upper, color=color, linewidth=5, zorder=3)
-        axes.plot([layer.index], [median], "o", color=_TEXT, markersize=3.5, zorder=4)
+        axes.plot([layer.index], [median], "o", color=TEXT, markersize=3.5, zorder=4)
     axes.set_yscale("log")
-    _style(axes)
+    style(axes)
     axes.minorticks_off()
     axes.set_ylabel("1 − ρ²  of each direction")
     _label_layers(axes, [layer.index for layer in layers])
@@ -157,7 +154,7 @@ def scatter_figure(points: Sequence[Point], x_label: str, y_label: str) -> Figur
     :param y_label: of the vertical axis, with unit
     :raises ImportError: if matplotlib is missing; the message says how to install it
     """
-    figure = _new_figure(4.0)
+    figure = new_figure(4.0)
     axes = figure.subplots()
     for point in points:
         axes.errorbar(
@@ -166,7 +163,7 @@ def scatter_figure(points: Sequence[Point], x_label: str, y_label: str) -> Figur
             xerr=point.x[1] or None,
             yerr=point.y[1] or None,
             fmt="D" if point.is_base else "o",
-            color=_TEXT if point.is_base else _CHOSEN,
+            color=TEXT if point.is_base else CHOSEN,
             markersize=6,
             linewidth=1.2,
             capsize=3,
@@ -178,13 +175,14 @@ def scatter_figure(points: Sequence[Point], x_label: str, y_label: str) -> Figur
             xytext=(8, 6),
             textcoords="offset points",
             fontsize=8.5,
-            color=_TEXT,
+            color=TEXT,
+            parse_math=False,
         )
-    _style(axes)
-    axes.grid(axis="x", color=_GRID, zorder=0)
+    style(axes)
+    axes.grid(axis="x", color=GRID, zorder=0)
     axes.margins(x=0.18, y=0.18)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set_xlabel(x_label, parse_math=False)
+    axes.set_ylabel(y_label, parse_math=False)
     return figure
 
 
@@ -193,8 +191,8 @@ def inline_svg(figure: Figure, name: str) -> str:
     Return a figure as an SVG element to stand inside an HTML page.
 
     Text stays text in the page's font, the background is the page's, and colours are
-    the CSS variables ``--chosen``, ``--kept``, ``--text`` and ``--grid`` of the page,
-    so that the figure follows its light or dark theme. Nothing outside is referred to.
+    the page's CSS variables of ``colours.CSS_VARIABLES``, so that the figure follows
+    its light or dark theme. Nothing outside is referred to.
 
     :param figure: of this module
     :param name: distinct on the page, made part of every id
@@ -212,12 +210,18 @@ def inline_svg(figure: Figure, name: str) -> str:
     svg = root.sub("", svg, count=5).replace("<svg", f'<svg width="{width}"', 1)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = svg.replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
-    for color, variable in _CSS_VARIABLES.items():
+    for color, variable in CSS_VARIABLES.items():
         svg = svg.replace(color, variable)
     return svg.strip()
 
 
-def _new_figure(height_inches: float) -> Figure:
+def new_figure(height_inches: float) -> Figure:
+    """
+    Return an empty figure that needs no display.
+
+    :param height_inches: of it
+    :raises ImportError: if matplotlib is missing; the message says how to install it
+    """
     figure_class, canvas_class = _import_matplotlib()
     figure: Figure = figure_class(figsize=(6.4, height_inches), layout="constrained")
     canvas_class(figure)
@@ -244,7 +248,7 @@ def _import_matplotlib() -> tuple[type, type]:
 def _draw_bars(
     axes: Axes, positions: list[int], heights: list[float], chosen: list[bool]
 ) -> None:
-    colors = [_CHOSEN if flag else _KEPT for flag in chosen]
+    colors = [CHOSEN if flag else KEPT for flag in chosen]
     axes.bar(positions, heights, color=colors, width=0.72, zorder=2)
 
 
@@ -259,18 +263,23 @@ def _label_ranks(axes: Axes, layers: list[LayerResult], heights: list[float]) ->
             textcoords="offset points",
             ha="center",
             fontsize=size_points,
-            color=_CHOSEN if layer.selected else _TEXT,
+            color=CHOSEN if layer.selected else TEXT,
             fontweight="bold" if layer.selected else "normal",
         )
 
 
-def _style(axes: Axes) -> None:
-    axes.grid(axis="y", color=_GRID, zorder=0)
+def style(axes: Axes) -> None:
+    """
+    Draw axes as all figures have them.
+
+    :param axes: changed in place
+    """
+    axes.grid(axis="y", color=GRID, zorder=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(colors=_TEXT, labelsize=8.5, length=0)
-    axes.yaxis.label.set_color(_TEXT)
-    axes.xaxis.label.set_color(_TEXT)
-    axes.spines["bottom"].set_color(_KEPT)
+    axes.tick_params(colors=TEXT, labelsize=8.5, length=0)
+    axes.yaxis.label.set_color(TEXT)
+    axes.xaxis.label.set_color(TEXT)
+    axes.spines["bottom"].set_color(KEPT)
     axes.margins(x=0.01, y=0.14)
 
 
@@ -285,15 +294,15 @@ def _add_legend(axes: Axes, report: NBLReport) -> None:
 
     axes.legend(
         handles=[
-            Patch(color=_CHOSEN, label=f"{report.subject} {report.outcome}"),
-            Patch(color=_KEPT, label="kept"),
+            Patch(color=CHOSEN, label=f"{report.subject} {report.outcome}"),
+            Patch(color=KEPT, label="kept"),
         ],
         loc="lower right",
         bbox_to_anchor=(1.0, 1.0),
         ncols=2,
         frameon=False,
         fontsize=8.5,
-        labelcolor=_TEXT,
+        labelcolor=TEXT,
     )
 
 

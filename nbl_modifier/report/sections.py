@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from .blocks import Code, FigureItem, Item, Section, Table, Text
+from .blocks import Code, FigureItem, Item, Section, Table, Text, code
 from .collect import Checkpoint, ModelGroup
 from .comparisons import (
     quality,
@@ -19,6 +19,7 @@ from .comparisons import (
     speed,
 )
 from .kv_tables import kv_cache_section
+from .methods_section import methods_section
 from .plots import correlations_figure, quantile_of, ranking_figure
 from .schema import NBLReport
 
@@ -51,15 +52,16 @@ def group_sections(group: ModelGroup) -> list[Section]:
     :param group: its reports and measurements
     """
     sections = {
-        "Checkpoints": _checkpoints(group),
-        "Ranking": _per_checkpoint(group, _ranking),
-        "Layers chosen by each criterion": _per_checkpoint(group, _criteria),
-        "Canonical correlations": _per_checkpoint(group, _correlations),
         "Quality": quality(group),
+        "Quality of methods": methods_section(group.methods),
         "Quality against speed": quality_against_speed(group),
         "Quality against KV cache": quality_against_kv_cache(group),
         "Speed": speed(group),
         "KV-cache size": kv_cache_section(group),
+        "Checkpoints": _checkpoints(group),
+        "Ranking": _per_checkpoint(group, _ranking),
+        "Layers chosen by each criterion": _per_checkpoint(group, _criteria),
+        "Canonical correlations": _per_checkpoint(group, _correlations),
         "How it was made": _per_checkpoint(group, _provenance),
     }
     return [Section(title, list(items)) for title, items in sections.items()]
@@ -68,7 +70,7 @@ def group_sections(group: ModelGroup) -> list[Section]:
 def _checkpoints(group: ModelGroup) -> Iterator[Item]:
     if not group.checkpoints:
         yield Text(
-            f"No `nbl_report.json` of a model made from `{group.model}` was found.",
+            f"No `nbl_report.json` of a model made from {code(group.model)} was found.",
             is_absence=True,
         )
         return
@@ -120,10 +122,10 @@ def _per_checkpoint(
         same = next((name for name, other in said.items() if other == words), None)
         said.setdefault(checkpoint.name, words)
         if same is not None:
-            yield Text(f"`{checkpoint.name}`: the same as `{same}`.")
+            yield Text(f"{code(checkpoint.name)}: the same as {code(same)}.")
             continue
         if len(group.checkpoints) > 1:
-            yield Text(f"`{checkpoint.name}`:")
+            yield Text(f"{code(checkpoint.name)}:")
         yield from items
 
 
@@ -147,7 +149,7 @@ def _ranking(checkpoint: Checkpoint) -> Iterator[Item]:
         rows.append((str(layer.rank), str(layer.index), *cells, replaced))
     marked = (i for i, layer in enumerate(report.ranking) if layer.selected)
     header = ("rank", "layer", *columns, "replaced")
-    yield Table(header, rows, frozenset(marked))
+    yield Table(header, rows, frozenset(marked), is_detail=True)
 
 
 def _criteria(checkpoint: Checkpoint) -> Iterator[Item]:
@@ -175,6 +177,7 @@ def _criteria(checkpoint: Checkpoint) -> Iterator[Item]:
         ("criterion", "first in its order", "also replaced", "order of all layers"),
         rows,
         frozenset(marked),
+        is_detail=True,
     )
     if len(report.layers) == len(replaced):
         yield Text("Only the replaced layers were measured, so every order has them.")

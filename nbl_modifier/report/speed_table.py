@@ -6,6 +6,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
+from .markdown import escape_markdown
 from .speed import SpeedReport, SpeedRow
 
 __all__ = ["markdown_speed_table", "speed_summary", "speed_table"]
@@ -56,7 +57,7 @@ def markdown_speed_table(report: SpeedReport) -> str:
             "both",
             f"{cell.context:,}",
             str(cell.batch),
-            f"not run: {cell.reason}",
+            escape_markdown(f"not run: {cell.reason}"),
         ]
         cells += [""] * (len(_HEADER) - len(cells))
         lines.append("| " + " | ".join(cells) + " |")

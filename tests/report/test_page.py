@@ -6,14 +6,13 @@ of the JSON files.
 
 import json
 import re
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from nbl_modifier.cli import main
-from nbl_modifier.report.blocks import Section, Table, Text
+from nbl_modifier.report.blocks import Section, Table, Text, code
 from nbl_modifier.report.html_page import render_html
 from nbl_modifier.report.markdown import aligned_table, render_markdown
 from nbl_modifier.report.schema import NBLReport
@@ -26,15 +25,16 @@ from tests.report.report_factory import (
 
 BASE = "some-organization/some-model"
 SECTIONS = [
-    "Checkpoints",
-    "Ranking",
-    "Layers chosen by each criterion",
-    "Canonical correlations",
     "Quality",
+    "Quality of methods",
     "Quality against speed",
     "Quality against KV cache",
     "Speed",
     "KV-cache size",
+    "Checkpoints",
+    "Ranking",
+    "Layers chosen by each criterion",
+    "Canonical correlations",
     "How it was made",
 ]
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -154,7 +154,8 @@ def test_every_section_has_its_content(complete: Path, tmp_path: Path) -> None:
     page, markdown = run(tmp_path / "r.html", complete)
     assert list(page.rows) == SECTIONS
     assert re.findall(r"^### (.*)$", markdown, re.MULTILINE) == SECTIONS
-    assert set(page.absent) == {"Canonical correlations"}  # of nbl1
+    # correlations are those of nbl2 only
+    assert set(page.absent) == {"Quality of methods", "Canonical correlations"}
     figures = {name: count for name, count in page.svgs.items() if count}
     assert figures == {
         "Ranking": 2,
@@ -237,6 +238,7 @@ def test_absent_sections_say_why(tmp_path: Path) -> None:
     reasons = {
         "Canonical correlations": "canonical_correlations: true",
         "Quality": "No quality was measured",
+        "Quality of methods": "benchmarks/paper_table.py",
         "Quality against speed": "nbl_benchmark.json",
         "Quality against KV cache": "no quality was measured on two models",
         "Speed": "nbl_benchmark.json",
@@ -299,18 +301,78 @@ def test_two_base_models_share_a_page(tmp_path: Path) -> None:
     assert re.findall(r"^## (.*)$", markdown, re.MULTILINE) == ["another", BASE]
 
 
-@pytest.mark.parametrize(
-    "render", [render_html, render_markdown], ids=["html", "markdown"]
-)
-def test_names_cannot_break_the_page(render: Callable[..., str]) -> None:
-    name = 'a<b>&"c"|d'
-    section = Section(name, [Text(f"`{name}`"), Table(("x", name), [("1", name)])])
-    text = render(name, [(name, [section])], name)
-    if render is render_html:
-        assert "<b>" not in text
-        assert Page(text).rows[name] == [["x", name], ["1", name]]
-    else:
-        assert text.count(r"\|") == 2  # in the two cells
+def test_tables_of_single_layers_are_folded(complete: Path, tmp_path: Path) -> None:
+    _, markdown = run(tmp_path / "r.html", complete)
+    html = (tmp_path / "r.html").read_text("utf-8")
+    for text, heading in ((html, "<h3>{}</h3>"), (markdown, "### {}\n")):
+        quality = text.index(heading.format("Quality"))
+        for title in ("Ranking", "Layers chosen by each criterion"):
+            start = text.index(heading.format(title))
+            assert quality < start
+            folded = text[start:].partition("<details>")[2].partition("</details>")[0]
+            assert "rank" in folded or "criterion" in folded
+            before = text[start:].partition("<details>")[0]
+            assert "<table" not in before
+            assert "|--" not in before
+    assert "<summary>The numbers, 4 rows</summary>" in markdown
+
+
+HOSTILE_NAMES = [
+    'a<b>&"c"|d',
+    "a*b*c_d_ _e_",
+    "[link](http:\\x)",
+    "![image](x)",
+    "`code` ``two`` $math$ ~~gone~~",
+    "# heading #",
+    "- item",
+    "1. item",
+    "line\n\n# break",
+    "\\* back",
+    "&amp; <!-- no -->",
+    "=== x",
+]
+
+
+class Words(HTMLParser):
+    """The text of a page outside scripts and styles, and its elements."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.words += data.split()
+
+
+def shown(markdown: str) -> Words:
+    """Return Markdown as a renderer that is not ours shows it."""
+    from markdown_it import MarkdownIt
+
+    renderer = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    return Words(renderer.render(markdown))
+
+
+def page_of(name: str) -> list[tuple[str, list[Section]]]:
+    """Return a report in which a name stands wherever one can."""
+    table = Table((name, "x"), [(name, "1"), (name, "2")])
+    return [(name, [Section(name, [Text(code(name)), table])])]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_names_are_shown_as_they_are(name: str) -> None:
+    page = Page(render_html(name, page_of(name), "end"))
+    assert page.rows[name] == [[name, "x"], [name, "1"], [name, "2"]]
+    ours = shown(render_markdown(name, page_of(name), "end"))
+    plain = shown(render_markdown("n", page_of("n"), "end"))
+    assert ours.tags == plain.tags  # nothing in a name is markup
+    words = name.split()
+    assert ours.words == [*words * 5, "x", *words, "1", *words, "2", "end"]
 
 
 def test_markdown_columns_are_aligned() -> None:

@@ -76,3 +76,13 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path: Path) -> 
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert "pip install 'nbl-modifier[plot]'" in result.stdout
+
+
+def test_dollars_in_names_are_dollars(tmp_path: Path) -> None:
+    """Two make a formula in matplotlib, and one that cannot be read is an error."""
+    name = r"a$\frac$b"
+    plots.plot_ranking(make_report(model=name), tmp_path / "a.png")
+    point = plots.Point(name, (1.0, None), (1.0, None), is_base=True)
+    figure = plots.scatter_figure([point], f"x {name}", f"y {name}")
+    svg = plots.inline_svg(figure, "figure1")
+    assert svg.count(name) == 3
