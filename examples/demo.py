@@ -61,7 +61,10 @@ def smollm2() -> Path:
     """Return where SmolLM2 is, and fetch it first if it is not there."""
     import real_model
 
-    return Path(os.path.relpath(real_model.fetch("smollm2")))
+    try:
+        return Path(os.path.relpath(real_model.fetch("smollm2")))
+    except real_model.RealModelError as error:
+        sys.exit(f"error: {error}")
 
 
 def language_reference(folder: Path) -> list[str]:
@@ -73,10 +76,14 @@ def language_reference(folder: Path) -> list[str]:
     from pydoc_data.topics import topics
 
     folder = folder / "text"
+    # Topics quote each other; a paragraph that was held out is not calibrated on.
+    seen: set[str] = set()
     for number, name in enumerate(sorted(topics)):
+        paragraphs = [part for part in topics[name].split("\n\n") if part not in seen]
+        seen.update(paragraphs)
         part = folder / ("calibration" if number % 5 else "heldout")
         part.mkdir(parents=True, exist_ok=True)
-        (part / f"{name}.txt").write_text(topics[name], encoding="utf-8")
+        (part / f"{name}.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     return [
         *("--dataset", str(folder / "calibration")),
         *("--heldout", str(folder / "heldout")),

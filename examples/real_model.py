@@ -21,13 +21,15 @@ run has nothing to do.
 """
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,6 +292,27 @@ def fetch(name: str, output: Path | None = None) -> Path:
             f"{Path(__file__).name}. Remove it, or name another with --output."
         )
     directory.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(directory):
+        # Whoever had to wait may find it made.
+        if not is_made(model, directory):
+            make(model, directory)
+    return directory
+
+
+@contextlib.contextmanager
+def one_at_a_time(directory: Path) -> Iterator[None]:
+    """Wait while another process makes a directory; the system frees what died."""
+    with (directory.parent / f".{directory.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def make(model: RealModel, directory: Path) -> None:
+    """
+    Download, convert and check a model; its directory appears when all of it is right.
+
+    :raises RealModelError: if the model cannot be had
+    """
     # Beside its destination, so that one rename publishes it.
     with tempfile.TemporaryDirectory(
         prefix=f".{directory.name}-", dir=directory.parent
@@ -306,13 +329,7 @@ def fetch(name: str, output: Path | None = None) -> Path:
         report(f"{directory.name}: checking what it says")
         check(model, made)
         (made / RECORD).write_text(json.dumps(source_record(model), indent=2) + "\n")
-        try:
-            made.rename(directory)
-        except OSError:
-            # Another process was faster; its directory is as complete as this one.
-            if not is_made(model, directory):
-                raise
-    return directory
+        made.rename(directory)
 
 
 def main() -> int:

