@@ -79,7 +79,8 @@ def language_reference(folder: Path) -> list[str]:
     # Topics quote each other; a paragraph that was held out is not calibrated on.
     seen: set[str] = set()
     for number, name in enumerate(sorted(topics)):
-        paragraphs = [part for part in topics[name].split("\n\n") if part not in seen]
+        found = map(str.strip, topics[name].split("\n\n"))
+        paragraphs = [text for text in found if text and text not in seen]
         seen.update(paragraphs)
         part = folder / ("calibration" if number % 5 else "heldout")
         part.mkdir(parents=True, exist_ok=True)

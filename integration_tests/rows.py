@@ -2,6 +2,7 @@
 The cases that the integration tests run, read from ``configs/``: see ``README.md``.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -10,11 +11,15 @@ from typing import Any
 
 import pytest
 import yaml
-from real_model import MODELS as REAL_MODELS
 
 __all__ = ["DEMO_MODEL", "REAL_MODELS", "Row", "families", "features", "rows"]
 
 ROOT = Path(__file__).parents[1]
+# pytest finds scripts there by itself, `python -m integration_tests....` does not.
+sys.path.append(str(ROOT / "examples"))
+
+from real_model import MODELS as REAL_MODELS  # noqa: E402  # found by the line above
+
 CONFIGS = Path(__file__).with_name("configs")
 MATRIX = Path(__file__).with_name("families.yaml")
 DEMO_MODEL = "pycode-4m"
