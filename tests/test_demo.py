@@ -15,10 +15,8 @@ from nbl_modifier.data import load_texts
 def test_text_of_the_language_reference(tmp_path: Path) -> None:
     options = demo.language_reference(tmp_path)
     assert options[::2] == ["--dataset", "--heldout"]
-    calibration, heldout = (
-        load_texts(source, split)
-        for source, split in zip(options[1::2], ("calibration", "heldout"), strict=True)
-    )
+    calibration = load_texts(options[1], "calibration")
+    heldout = load_texts(options[3], "heldout")
     paragraphs = [
         {paragraph.strip() for text in texts for paragraph in text.split("\n\n")}
         for texts in (calibration, heldout)
