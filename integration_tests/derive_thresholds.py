@@ -1,10 +1,11 @@
 """
 How much recoveries vary with the calibration text, and thresholds that follow from it.
 
-Compresses and evaluates every row of ``lm_eval/`` with different calibration text, seed
-by seed, and takes as threshold the recovery that one more draw would fall below once in
-a thousand, were recoveries normal: mean - t * sd * sqrt(1 + 1 / n), t being Student's
-with n - 1 degrees of freedom at 0.999. Writes the thresholds into the rows::
+Compresses and evaluates every row of ``lm_eval/``, and every one of ``configs/`` that
+expects a recovery, with different calibration text, seed by seed, and takes as
+threshold the recovery that one more draw would fall below once in a thousand, were
+recoveries normal: mean - t * sd * sqrt(1 + 1 / n), t being Student's with n - 1 degrees
+of freedom at 0.999. Writes the thresholds into the rows::
 
     NBL_SERVE_PYTHON=.venv/serve/bin/python \\
         .venv/compress/bin/python -m integration_tests.derive_thresholds
@@ -15,6 +16,7 @@ The tests use seed 0, which is none of these.
 import argparse
 import hashlib
 import math
+import shutil
 import statistics
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from scipy.stats import t as student_t
 
+from integration_tests import materials
 from integration_tests.lm_eval_rows import (
     DERIVED,
     ROWS,
@@ -32,6 +35,8 @@ from integration_tests.lm_eval_rows import (
     lm_eval_rows,
     recoveries,
 )
+from integration_tests.materials import heldout_nll, trained_model
+from integration_tests.rows import CONFIGS, Row, rows
 from nbl_modifier.cli.logs import show_ours_and_warnings
 from nbl_modifier.report.schema import write_atomically
 
@@ -65,6 +70,32 @@ def measure(row: LmEvalRow, seeds: Sequence[int], folder: Path) -> list[Recoveri
     return found
 
 
+def measure_config(row: Row, seeds: Sequence[int], folder: Path) -> list[float]:
+    """Return one recovery of held-out bits per byte per seed."""
+    source = trained_model(row.model)
+    base = heldout_nll(row.model, source)
+    found = []
+    for seed in seeds:
+        directory = folder / f"{row.name}-{seed}"
+        materials.compress(row.model, source, row.recipe_text, directory, seed)
+        found.append(base / heldout_nll(row.model, directory))
+        shutil.rmtree(directory)
+        print(f"{row.name}, seed {seed}: {found[-1]}", flush=True)
+    return found
+
+
+def config_text(found: Sequence[float], seeds: Sequence[int]) -> str:
+    """Return the part of a row of ``configs/`` that this script writes."""
+    return (
+        f"{DERIVED}\n# seeds {seeds[0]} to {seeds[-1]}, mean and sd of recovery\n"
+        f"  recovery: {threshold(found)}  # {_mean_and_sd(found)}\n"
+    )
+
+
+def _mean_and_sd(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.4f}, {statistics.stdev(values):.4f}"
+
+
 def derived_text(found: Sequence[Recoveries], seeds: Sequence[int]) -> str:
     """Return the part of a row that this script writes, as YAML with comments."""
     lines = [DERIVED, f"# seeds {seeds[0]} to {seeds[-1]}, mean and sd of recovery"]
@@ -73,7 +104,7 @@ def derived_text(found: Sequence[Recoveries], seeds: Sequence[int]) -> str:
         lines.append(f"    {task}:")
         for metric in metrics:
             values = [each[task][metric] for each in found]
-            measured = f"{statistics.mean(values):.4f}, {statistics.stdev(values):.4f}"
+            measured = _mean_and_sd(values)
             lines.append(f"      {metric}: {threshold(values)}  # {measured}")
     return "\n".join(lines) + "\n"
 
@@ -89,15 +120,23 @@ def main() -> int:
     show_ours_and_warnings()
     seeds = range(1, args.seeds + 1)
     with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for row in lm_eval_rows():
-            if args.rows and row.name not in args.rows:
-                continue
-            text = derived_text(measure(row, seeds, Path(name)), seeds)
-            path = ROWS / f"{row.name}.yaml"
-            kept = path.read_text(encoding="utf-8").partition(DERIVED)[0]
-            write_atomically(path, kept + text)
-            print(f"{row.name}\n{text}", flush=True)
+            if not args.rows or row.name in args.rows:
+                text = derived_text(measure(row, seeds, folder), seeds)
+                write(ROWS / f"{row.name}.yaml", text)
+        for (config,) in (parameters.values for parameters in rows("recovery")):
+            if not args.rows or config.name in args.rows:
+                text = config_text(measure_config(config, seeds, folder), seeds)
+                write(CONFIGS / f"{config.name}.yaml", text)
     return 0
+
+
+def write(path: Path, text: str) -> None:
+    """Put the derived part of a row into its file, and print it."""
+    kept = path.read_text(encoding="utf-8").partition(DERIVED)[0]
+    write_atomically(path, kept + text)
+    print(f"{path.stem}\n{text}", flush=True)
 
 
 if __name__ == "__main__":

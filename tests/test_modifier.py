@@ -80,7 +80,10 @@ class Activations:
 
 
 def activations(
-    folder: Path, rows: Dataset, masks: list[list[int]] | None = None
+    folder: Path,
+    rows: Dataset,
+    masks: list[list[int]] | None = None,
+    indices: list[int] | None = None,
 ) -> list[Activations]:
     """
     Return each layer's activations in a plain forward pass, row by row.
@@ -88,6 +91,7 @@ def activations(
     :param folder: a model
     :param rows: tokens
     :param masks: nonzero where a token counts, per row; None: all count
+    :param indices: the layers to return, in this order; None: all
     """
     model = load(folder)
     seen: list[dict[str, list[np.ndarray]]] = []
@@ -96,7 +100,8 @@ def activations(
     def take(values: torch.Tensor) -> np.ndarray:
         return values[0, keep].double().numpy()
 
-    for layer in model.model.layers:
+    layers = model.model.layers
+    for layer in layers if indices is None else [layers[i] for i in indices]:
         found: dict[str, list[np.ndarray]] = {"R": [], "X": [], "A": []}
 
         def see_norm(_: nn.Module, args: Any, output: Any, found: Any = found) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``nbl generate``: complete a prompt in vLLM and compare KV-cache capacities."""
+"""``nbl generate``: complete prompts in vLLM and compare KV-cache capacities."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .workers import require_vllm, run_worker
 
 _DESCRIPTION = """\
 Load each model in vLLM, one after the other, each in a process of its own. Prints how
-many tokens its KV cache holds and a greedy completion of the prompt. Runs where vLLM is
-installed.
+many tokens its KV cache holds and a greedy completion of each prompt. Runs where vLLM
+is installed.
 """
 _EPILOG = """\
 example:
@@ -31,14 +31,14 @@ class Generation:
     :param model: directory or Hugging Face name
     :param architecture: class in vLLM
     :param kv_cache_tokens: tokens that fit in the KV cache, over all sequences
-    :param completion: greedy continuation of the prompt
+    :param completions: greedy continuation of each prompt
     :param load_seconds: time to start the engine
     """
 
     model: str
     architecture: str
     kv_cache_tokens: int
-    completion: str
+    completions: list[str]
     load_seconds: float
 
 
@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
     """
     parser = commands.add_parser(
         "generate",
-        help="complete a prompt with one or more models in vLLM",
+        help="complete prompts with one or more models in vLLM",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -58,7 +58,13 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="directory or Hugging Face name")
-    add("--prompt", required=True, metavar="TEXT")
+    add(
+        "--prompt",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="what to complete; may be given several times",
+    )
     add("--max-tokens", type=int, default=64, metavar="N", help="(default: 64)")
     add("--dtype", default="auto", help="as in vLLM (default: auto)")
     add(
@@ -83,8 +89,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"{result.model}  ({result.architecture})")
         print(f"  KV cache: {result.kv_cache_tokens:,} tokens", end="")
         print(f", {ratio:.3f} times the first model's" if len(results) > 1 else "")
-        print(f"  {args.prompt!r} ->")
-        print("\n".join(f"    {line}" for line in result.completion.splitlines()))
+        for prompt, completion in zip(args.prompt, result.completions, strict=True):
+            print(f"  {prompt!r} ->")
+            print("\n".join(f"    {line}" for line in completion.splitlines()))
         print(flush=True)
     if args.json:
         from nbl_modifier.report.schema import write_atomically
@@ -124,7 +131,7 @@ def _generate_one(model: str, args: argparse.Namespace) -> Generation:
     """Run one engine in a process of its own, so that it gives all memory back."""
     job = {
         "model": model,
-        "prompt": args.prompt,
+        "prompts": args.prompt,
         "max_tokens": args.max_tokens,
         "dtype": args.dtype,
         "max_model_len": args.max_model_len,

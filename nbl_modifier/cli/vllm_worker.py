@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One vLLM engine, one completion: the process that ``nbl generate`` starts."""
+"""One vLLM engine: the process that ``nbl generate`` starts for each model."""
 
 import os
 import time
@@ -12,7 +12,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     """
     Return what `generate.Generation` holds besides the model's name.
 
-    :param job: model, prompt, max_tokens, dtype, max_model_len
+    :param job: model, prompts, max_tokens, dtype, max_model_len
     """
     # The engine in this process: its configuration is then complete here.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -30,17 +30,17 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         model=job["model"],
         dtype=job["dtype"],
         max_model_len=job["max_model_len"],
-        enforce_eager=True,  # for one prompt, compiling takes longer than it saves
+        enforce_eager=True,  # for a few prompts, compiling takes longer than it saves
     )
     load_seconds = time.perf_counter() - start
     sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"])
-    (output,) = engine.generate([job["prompt"]], sampling, use_tqdm=False)
+    outputs = engine.generate(job["prompts"], sampling, use_tqdm=False)
     config = engine.llm_engine.vllm_config
     return {
         "architecture": config.model_config.architecture,
         # group-aware: blocks times block size is wrong for hybrid models
         "kv_cache_tokens": config.cache_config.kv_cache_size_tokens,
-        "completion": output.outputs[0].text,
+        "completions": [output.outputs[0].text for output in outputs],
         "load_seconds": round(load_seconds, 1),
     }
 

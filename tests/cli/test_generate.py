@@ -28,7 +28,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         answer = {
             "architecture": "LlamaForCausalLM",
             "kv_cache_tokens": TOKENS[job["model"]],
-            "completion": "one\ntwo",
+            "completions": [f"one\n{prompt}" for prompt in job["prompts"]],
             "load_seconds": 1.0,
         }
         Path(command[-1]).write_text(json.dumps(answer))
@@ -39,22 +39,25 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return jobs
 
 
-def test_prints_capacity_ratio_and_completion(
+def test_prints_capacity_ratio_and_completions(
     fake_vllm: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["generate", "base", "nbl", "--prompt", "import os"]) == 0
+    prompts = ["--prompt", "import os", "--prompt", "def"]
+    assert main(["generate", "base", "nbl", *prompts]) == 0
     first, second, _ = capsys.readouterr().out.split("\n\n")
     assert "KV cache: 1,000 tokens\n" in first
     assert "times" not in first
     assert "KV cache: 1,600 tokens, 1.600 times the first model's" in second
-    assert "'import os' ->\n    one\n    two" in second
+    lines = "'import os' ->\n    one\n    import os\n  'def' ->\n    one\n    def"
+    assert lines in second
+    assert [job["model"] for job in fake_vllm] == ["base", "nbl"]
 
 
 def test_options_reach_the_worker(fake_vllm: list[dict[str, Any]]) -> None:
     options = ["--max-tokens", "5", "--dtype", "float32", "--max-model-len", "128"]
     assert main(["generate", "base", "--prompt", "x", *options]) == 0
     expected = {"max_tokens": 5, "dtype": "float32", "max_model_len": 128}
-    assert fake_vllm == [{"model": "base", "prompt": "x", **expected}]
+    assert fake_vllm == [{"model": "base", "prompts": ["x"], **expected}]
 
 
 def test_json_file_holds_the_same(
@@ -65,6 +68,7 @@ def test_json_file_holds_the_same(
     results = json.loads(path.read_text())
     assert [row["kv_cache_tokens"] for row in results] == [1000, 1600]
     assert results[1]["model"] == "nbl"
+    assert results[1]["completions"] == ["one\nx"]
 
 
 def test_failure_shows_the_end_of_the_log_only(
