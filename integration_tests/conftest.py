@@ -49,8 +49,15 @@ def pytest_collection_modifyitems(
     Keep this process's part of the tests, if there are others.
 
     Tests of one model stay together, since what they share is made once; the largest
-    groups are dealt out first, each to the process that has the least so far.
+    groups are dealt out first, each to the process that has the least so far. Where
+    pytest-xdist deals them out (``--dist loadgroup``), tests of one checkpoint stay
+    together, and those of one file that are of none.
     """
+    together: dict[tuple[str, ...], int] = {}
+    for item in items:
+        key = _shared(item)
+        number = together.setdefault(key, len(together))
+        item.add_marker(pytest.mark.xdist_group(str(number)))
     part, of = map(int, config.getoption("--part").split("/"))
     groups: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -63,6 +70,14 @@ def pytest_collection_modifyitems(
     mine = set(parts[part - 1])
     config.hook.pytest_deselected(items=[item for item in items if item not in mine])
     items[:] = [item for item in items if item in mine]
+
+
+def _shared(item: pytest.Item) -> tuple[str, ...]:
+    """Return what a test has in common with those it should share a process with."""
+    row = item.callspec.params.get("row") if hasattr(item, "callspec") else None
+    if isinstance(row, Row):
+        return (row.model, str(row.recipe))
+    return (str(item.path),)
 
 
 @pytest.fixture(scope="session")
@@ -273,4 +288,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured")
     for report in measured:
         figures = ", ".join(f"{name} {value}" for name, value in report.user_properties)
-        terminalreporter.write_line(f"{report.nodeid.partition('::')[2]}: {figures}")
+        # Behind the @ is the group that pytest-xdist adds.
+        name = report.nodeid.partition("::")[2].partition("@")[0]
+        terminalreporter.write_line(f"{name}: {figures}")

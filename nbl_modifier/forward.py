@@ -9,7 +9,7 @@ they are given.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .hf.modeling_nbl import decoder_layers
+from .products import FastProducts
 from .windows import Batch
 
 __all__ = ["PartialForward", "calling"]
@@ -115,12 +116,15 @@ class PartialForward:
         """
         with ExitStack() as stack:
             stack.enter_context(self._computing_head())
+            stack.enter_context(FastProducts())
             for layer in self.layers[start:]:
                 again = partial(
                     checkpoint,
                     layer.forward,
                     use_reentrant=False,
                     preserve_rng_state=False,
+                    # for the two runs of the layer; backward's is outside of any other
+                    context_fn=lambda: (nullcontext(), FastProducts()),
                 )
                 stack.enter_context(calling(layer, again))
             stack.enter_context(torch.enable_grad())

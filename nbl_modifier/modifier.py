@@ -38,6 +38,7 @@ from .preflight import (
     check_input,
     check_model,
 )
+from .products import FastProducts
 from .report.provenance import collect_versions, utc_timestamp
 from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
 from .report.tables import ranking_table
@@ -197,6 +198,7 @@ class NBLModifier(Modifier):
     _dataset_args: DatasetArguments | None = PrivateAttr(default=None)
     _propagate_error: bool = PrivateAttr(default=True)
     _fused_attention: FusedAttention | None = PrivateAttr(default=None)
+    _products: FastProducts | None = PrivateAttr(default=None)
     _generator_state: Tensor = PrivateAttr()
     _data: CalibrationData | None = PrivateAttr(default=None)
     _store: StatisticsStore | None = PrivateAttr(default=None)
@@ -330,6 +332,7 @@ class NBLModifier(Modifier):
             check_output_directory(oneshot.output_dir, self._architecture)
         keep_causal_mask()
         self._fused_attention = FusedAttention(model)
+        self._products = FastProducts()
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -362,6 +365,9 @@ class NBLModifier(Modifier):
             self._calibration.watch(state, index, self.register_hook)
         assert self._fused_attention is not None
         self._fused_attention.switch_on()
+        # Until the end of the run: the passes of later modifiers are as slow otherwise.
+        assert self._products is not None
+        self._products.switch_on()
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
@@ -443,6 +449,8 @@ class NBLModifier(Modifier):
         # llm-compressor also finalizes the modifiers of a run that failed before.
         self.remove_hooks()
         self._switch_off_fused_attention()
+        if self._products is not None:
+            self._products.switch_off()
         release_causal_mask()
         self._calibration = None
         if self._report is not None:

@@ -37,14 +37,15 @@ class Layer:
 # folder its files may import each other. Editing a row is a design decision.
 LAYERS = {
     "cli": Layer(
-        ours="ranking modifier benchmark evaluation report data hf architectures",
+        ours="ranking modifier benchmark evaluation products report data hf"
+        " architectures",
         lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru"
         " yaml vllm lm_eval",
     ),
     "ranking": Layer(ours="modifier search report", packages="llmcompressor pydantic"),
     "modifier": Layer(
         ours="search reuse store calibration composition saving smoothing preflight"
-        " fitting methods surgery upstream report hf architectures selection",
+        " fitting methods surgery upstream products report hf architectures selection",
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
     "search": Layer(
@@ -64,7 +65,9 @@ LAYERS = {
         ours="forward surgery windows evaluation architectures",
         packages="torch tqdm",
     ),
-    "forward": Layer(ours="windows hf architectures", packages="torch transformers"),
+    "forward": Layer(
+        ours="products windows hf architectures", packages="torch transformers"
+    ),
     "calibration": Layer(
         ours="store distributed capture fitting preflight surgery hf architectures"
         " numerics",
@@ -102,7 +105,7 @@ LAYERS = {
     ),
     "capture": Layer(ours="numerics", packages="torch"),
     "evaluation": Layer(
-        ours="report data hf",
+        ours="products report data hf",
         packages="torch",
         lazy="transformers datasets lm_eval tqdm",
     ),
@@ -112,6 +115,7 @@ LAYERS = {
         lazy="transformers vllm",
     ),
     "roofline": Layer(),
+    "products": Layer(packages="torch", lazy="loguru"),
     "report": Layer(lazy="matplotlib"),
     "data": Layer(lazy="torch transformers datasets"),
     "vllm_plugin": Layer(ours="hf architectures", packages="vllm torch transformers"),

@@ -29,6 +29,7 @@ import nbl_modifier.hf
 from nbl_modifier import NBLModifier, data
 from nbl_modifier.capture import LayerStatistics
 from nbl_modifier.hf.modeling_nbl import LinearizedAttention
+from nbl_modifier.products import FastProducts
 from nbl_modifier.report.schema import NBLReport
 from tests.numerics import oracle
 from tests.tiny_llama import (
@@ -119,7 +120,8 @@ def activations(
     for number, tokens in enumerate(rows["input_ids"]):
         counts = masks[number] if masks is not None else [1] * len(tokens)
         keep = torch.tensor(counts).nonzero().flatten()
-        with torch.no_grad():
+        # on a CPU without bfloat16 rounded as in the run, which is compared bit for bit
+        with torch.no_grad(), FastProducts():
             model(torch.tensor([tokens]), use_cache=False)
     return [Activations(*map(np.concatenate, found.values())) for found in seen]
 

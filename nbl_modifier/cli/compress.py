@@ -188,11 +188,13 @@ def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
 
     from nbl_modifier.data import is_packed
     from nbl_modifier.evaluation import perplexity
+    from nbl_modifier.products import FastProducts
 
     from .sources import load_model
 
     args = plan.args
     processor: Any = plan.tokenizer  # what oneshot expects, annotated narrower
+    products = FastProducts()
     torch.manual_seed(args.seed)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
     recipe = plan.recipe
@@ -208,18 +210,19 @@ def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
     count = 0
     if plan.calibration is not None:
         count = share_of(args.num_samples, len(plan.calibration))
-    oneshot(
-        model=model,
-        processor=processor,
-        dataset=plan.calibration,
-        recipe=recipe,
-        output_dir=args.output,
-        num_calibration_samples=count,
-        # packed windows are shuffled already, and the same rows for each modifier
-        shuffle_calibration_samples=not is_packed(args.dataset),
-        batch_size=args.batch_size,
-        pipeline=args.pipeline,
-    )
+    with products:  # NBLModifier sees to it as well, if there is one
+        oneshot(
+            model=model,
+            processor=processor,
+            dataset=plan.calibration,
+            recipe=recipe,
+            output_dir=args.output,
+            num_calibration_samples=count,
+            # packed windows are shuffled already, and the same rows for each modifier
+            shuffle_calibration_samples=not is_packed(args.dataset),
+            batch_size=args.batch_size,
+            pipeline=args.pipeline,
+        )
     del model
     if plan.heldout is not None and rank() == 0:
         figures[SAVED] = measure(load_model(args.output))

@@ -85,7 +85,9 @@ def evaluate_model(
     loaded = _loaded(tasks)
     from lm_eval.models.huggingface import HFLM
 
-    with _quiet(), evaluation_mode(model):
+    from nbl_modifier.products import FastProducts
+
+    with _quiet(), evaluation_mode(model), FastProducts():
         lm = HFLM(
             pretrained=model,
             tokenizer=with_bos(tokenizer),

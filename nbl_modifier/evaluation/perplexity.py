@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from nbl_modifier.products import FastProducts
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -91,7 +93,7 @@ def perplexity(
         )
     starts = range(0, len(rows), batch_size)
     nll_sums, counts = [], []
-    with evaluation_mode(model):
+    with evaluation_mode(model), FastProducts():
         device = _input_device(model)
         bar = tqdm(starts, "perplexity", leave=False, delay=_PROGRESS_DELAY_SECONDS)
         for start in bar:
