@@ -208,7 +208,8 @@ def check_calibration_data(
 
 def _count_tokens(batch: Mapping[str, Tensor]) -> int:
     mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+    # Not the sum: a mask may be in a dtype that cannot count so far.
+    return batch["input_ids"].numel() if mask is None else int(mask.count_nonzero())
 
 
 def check_num_tokens(subject: str, num_tokens: int, hidden_size: int) -> None:

@@ -11,7 +11,7 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from .distributed import Ranks
-from .fingerprint import data_digest, model_digest
+from .fingerprint import data_digest, sampled_model_digest
 from .preflight import CalibrationData, check_calibration_data
 from .store import Origin, StatisticsStore
 
@@ -195,7 +195,7 @@ def _origin(
 ) -> Origin:
     return Origin(
         model=model.config._name_or_path,
-        model_digest=model_digest(model),
+        model_digest=sampled_model_digest(model),
         data_digest=digest,
         num_samples=num_samples,
         held_out=0,

@@ -25,7 +25,7 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from nbl_modifier import NBLModifier
+from nbl_modifier import NBLModifier, preflight
 from nbl_modifier.architectures import ARCHITECTURES
 from tests.tiny_llama import (
     FOUR_BITS,
@@ -473,3 +473,12 @@ def test_non_finite_activations(
     assert "NaN or inf" in message
     assert "Check the model's dtype" in message
     assert linearized(model) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16])
+def test_tokens_are_counted_whatever_the_dtype_of_masks(dtype: torch.dtype) -> None:
+    """A sum in 16 bits ends at 2,048, or 256, or overflows."""
+    mask = torch.ones(1, 70_000, dtype=dtype)
+    mask[0, :1] = 0
+    batch = {"input_ids": torch.arange(70_000)[None], "attention_mask": mask}
+    assert preflight._count_tokens(batch) == 69_999
