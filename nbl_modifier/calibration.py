@@ -389,7 +389,7 @@ class Calibration:
         if sums is None:
             assert self._store is not None
             device = execution_device(self._attention(index))
-            fit, stored = self._store.load(index)
+            fit, stored = self._store.load(index, self._names[index])
             stored = None if stored is None else stored.to(device)
             return *self._divided(fit.to(device), stored), 0.0
         statistics, held_out = sums

@@ -75,7 +75,10 @@ LAYERS = {
         packages="loguru torch transformers",
     ),
     "distributed": Layer(ours="capture", packages="torch"),
-    "store": Layer(ours="capture report numerics", packages="safetensors torch"),
+    "store": Layer(
+        ours="fingerprint packing capture report", packages="safetensors torch"
+    ),
+    "packing": Layer(ours="capture numerics", packages="torch"),
     "fingerprint": Layer(packages="torch transformers"),
     "saving": Layer(
         ours="upstream report hf architectures",
