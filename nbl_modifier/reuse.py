@@ -12,8 +12,14 @@ from transformers import PreTrainedModel
 
 from .distributed import Ranks
 from .fingerprint import data_digest, model_digest, sampled_model_digest
-from .preflight import CalibrationData, check_calibration_data
+from .preflight import (
+    CalibrationData,
+    check_calibration_data,
+    check_predictable,
+    check_variety,
+)
 from .store import FORMAT_VERSION, Origin, StatisticsStore, windows_digest
+from .windows import Windows
 
 __all__ = ["Needs", "Sources", "open_sources"]
 
@@ -83,6 +89,10 @@ def open_sources(
     data = check_calibration_data(
         batches, _hidden_size(model), hold_out or hold_out_to_save, ranks
     )
+    with ranks.failing_together():
+        check_variety(model, data.batches)
+    if needs.losses:
+        check_predictable(_held_out(data))
     digest = _pooled_digest(data, ranks)
     if save_statistics is None:
         return Sources(data, None, complete=False)
@@ -149,7 +159,14 @@ def _reused(
         windows = store.windows() if needs.losses else []
         held_out = frozenset(range(len(windows)))
         data = CalibrationData(list(windows), num_samples, held_out)
+    if needs.losses:
+        check_predictable(_held_out(data))
     return Sources(replace(data, num_samples=num_samples), store, True)
+
+
+def _held_out(data: CalibrationData) -> Windows:
+    masks = [batch["loss_mask"] for batch in data.batches if "loss_mask" in batch]
+    return Windows(data.batches, masks or None).select(data.held_out)
 
 
 def _hidden_size(model: PreTrainedModel) -> int:
@@ -191,13 +208,9 @@ def _pooled_digest(data: CalibrationData, ranks: Ranks) -> str:
 
 def _created(folder: str, origin: Origin, ranks: Ranks) -> StatisticsStore:
     """Let the first process make the store, and open it in all of them."""
-    failure = None
-    if ranks.rank == 0:
-        try:
+    with ranks.failing_together():
+        if ranks.rank == 0:
             StatisticsStore.create(folder, origin)
-        except (ValueError, OSError) as err:
-            failure = err
-    ranks.check(failure)
     store = StatisticsStore.open(folder)
     _warn_of_old(store)
     return store
@@ -208,13 +221,9 @@ def _check_found(
 ) -> None:
     """Read what an interrupted calibration left, each process a part of it, to see
     now rather than hours later whether it can be used."""
-    failure = None
-    try:
+    with ranks.failing_together():
         for index in list(found)[ranks.rank :: ranks.size]:
             store.load(index, found[index])
-    except ValueError as err:
-        failure = err
-    ranks.check(failure)
 
 
 def _warn_of_old(store: StatisticsStore) -> None:
