@@ -19,7 +19,6 @@ import torch
 from loguru import logger
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from tqdm import tqdm
 
 from .architectures import Architecture
 from .forward import PartialForward, calling
@@ -29,16 +28,16 @@ from .surgery import Replacement, replaced
 from .trials import OriginalLogits, Trial, Trials, divergence, target_tokens
 from .windows import Windows
 
-__all__ = ["Distillation"]
+__all__ = ["FEW_WINDOWS", "RATES", "Distillation"]
 
 # Channels of x that hardly vary are trained as if they varied by this much, times the
 # root mean square over channels: their weights could grow without changing any loss.
 _LEAST_SPREAD = 1e-2
 # An epoch that brings the model nearer by less than this part is the last.
 _LEAST_GAIN = 0.01
-# Rates that are tried where none is given, each on so many windows, and as many give
-# the spread of what the maps read.
-_RATES, _TRIED_WINDOWS = (0.06, 0.25, 1.0), 12
+#: Learning rates that are tried where none is given, each on so many windows; as many
+#: give the spread of what the maps read.
+RATES, FEW_WINDOWS = (0.06, 0.25, 1.0), 12
 
 
 class Distillation:
@@ -91,27 +90,24 @@ class Distillation:
             if rate is None:
                 rate = self._find_rate(replacements, inputs, before)
             maps = _maps(replacements, inputs)
-            count = len(self._windows.batches)
-            with tqdm(total=epochs * count, desc="NBL: distilling", leave=False) as bar:
-                for epoch in range(epochs):
-                    # Each epoch anneals: what is measured at its end is at rest.
-                    optimizer = _optimizer(maps, rate, count)
-                    self._train(maps, optimizer, self._shuffled(epoch), bar)
-                    trained = {i: each.replacement() for i, each in maps.items()}
-                    trial = self._try(trained)
-                    gained = best.kl - trial.kl
-                    if gained > 0:  # never so if it is not a number
-                        kept, best = trained, trial
-                    logger.info(
-                        "NBL: distillation, epoch {} of at most {}: divergence from "
-                        "the original model {:.5f} on held-out windows, {:.5f} before",
-                        epoch + 1,
-                        epochs,
-                        trial.kl,
-                        before,
-                    )
-                    if not gained > _LEAST_GAIN * before:
-                        break
+            for epoch in range(epochs):
+                # Each epoch anneals: what is measured at its end is at rest.
+                self._train(maps, rate, self._shuffled(epoch))
+                trained = {i: each.replacement() for i, each in maps.items()}
+                trial = self._try(trained)
+                gained = best.kl - trial.kl
+                if gained > 0:  # never so if it is not a number
+                    kept, best = trained, trial
+                logger.info(
+                    "NBL: distillation, epoch {} of at most {}: divergence from the "
+                    "original model {:.5f} on held-out windows, {:.5f} before",
+                    epoch + 1,
+                    epochs,
+                    trial.kl,
+                    before,
+                )
+                if not gained > _LEAST_GAIN * before:
+                    break
         if best.kl == before:
             logger.warning(
                 "NBL: distillation brought the model no nearer to the original on "
@@ -125,12 +121,11 @@ class Distillation:
         self, replacements: Mapping[int, Replacement], inputs: _Inputs, before: float
     ) -> float:
         """Return the rate that brings the model nearest in a few steps."""
-        numbers = self._shuffled(0)[:_TRIED_WINDOWS]
+        numbers = self._shuffled(0)[:FEW_WINDOWS]
         found = dict[float, float]()
-        for rate in _RATES:
+        for rate in RATES:
             maps = _maps(replacements, inputs)
-            optimizer = _optimizer(maps, rate, len(numbers))
-            self._train(maps, optimizer, numbers)
+            self._train(maps, rate, numbers)
             trial = self._try({i: each.replacement() for i, each in maps.items()})
             found[rate] = trial.kl if math.isfinite(trial.kl) else math.inf
         best = min(found, key=lambda rate: found[rate])
@@ -157,11 +152,12 @@ class Distillation:
     def _train(
         self,
         maps: Mapping[int, _TrainedMap],
-        optimizer: Muon,
+        rate: float,
         numbers: Sequence[int],
-        bar: tqdm | None = None,
     ) -> None:
         """Take a step on each window, in the order of ``numbers``."""
+        trained = [each for m in maps.values() for each in m.trained(rate)]
+        optimizer = Muon(trained, len(numbers))
         with self._running(maps):
             for number in numbers:
                 targets = target_tokens(self._windows, number)
@@ -174,8 +170,6 @@ class Distillation:
                     with torch.enable_grad():
                         (divergence(targets, logits, original) / count).backward()
                 optimizer.step()
-                if bar is not None:
-                    bar.update()
 
     def _inputs(self, replacements: Mapping[int, Replacement]) -> _Inputs:
         """Return mean and spread of what each map reads in the linearized model."""
@@ -184,7 +178,7 @@ class Distillation:
             for index, each in sums.items():
                 hook = self._linear(index).register_forward_pre_hook(each.hook)
                 stack.callback(hook.remove)
-            for number in self._shuffled(0)[:_TRIED_WINDOWS]:
+            for number in self._shuffled(0)[:FEW_WINDOWS]:
                 for each in sums.values():
                     each.counted = self._windows.targets(number)
                 batch = self._windows.batches[number]
@@ -337,7 +331,3 @@ def _maps(
         index: _TrainedMap(replacement, *inputs[index])
         for index, replacement in replacements.items()
     }
-
-
-def _optimizer(maps: Mapping[int, _TrainedMap], rate: float, steps: int) -> Muon:
-    return Muon([each for m in maps.values() for each in m.trained(rate)], steps)

@@ -10,7 +10,8 @@ fails takes the others with it, instead of leaving them to wait.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -66,6 +67,20 @@ class Ranks:
             raise RuntimeError(
                 f"calibration failed in process {rank} of {self.size}: {text}"
             )
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """
+        Let all processes raise what one of them does inside, see :meth:`check`.
+
+        :raises Exception: as :meth:`check`
+        """
+        failure = None
+        try:
+            yield
+        except (ValueError, OSError) as err:
+            failure = err
+        self.check(failure)
 
     def gather(self, mine: T) -> list[T]:
         """

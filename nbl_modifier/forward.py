@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
+from .cost import Progress
 from .hf.modeling_nbl import decoder_layers
 from .products import FastProducts
 from .windows import Batch
@@ -39,11 +40,18 @@ class PartialForward:
 
     :param model: the causal language model, weights on any device or offloaded
     :param architecture: its family
+    :param progress: told what has run
     """
 
-    def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        architecture: Architecture,
+        progress: Progress | None = None,
+    ) -> None:
         self.layers = decoder_layers(model, architecture)
         self._model = model
+        self._progress = progress
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """The model's."""
@@ -83,6 +91,7 @@ class PartialForward:
                 self._call(batch)
         finally:
             handle.remove()
+        self._ran(batch, stop - start)
         return seen[0]
 
     def logits(
@@ -101,6 +110,7 @@ class PartialForward:
         """
         with self._computing_head(), self._skipping(range(start), hidden_states):
             logits: Tensor = self._call(batch).logits
+        self._ran(batch, len(self.layers) - start, heads=1)
         return logits
 
     def differentiable_logits(self, batch: Batch, start: int) -> Tensor:
@@ -129,7 +139,16 @@ class PartialForward:
                 stack.enter_context(calling(layer, again))
             stack.enter_context(torch.enable_grad())
             logits: Tensor = self._model(**self._inputs(batch), use_cache=False).logits
+        behind = len(self.layers) - start
+        self._ran(batch, len(self.layers) + behind, heads=1, backward=behind)
         return logits
+
+    def _ran(
+        self, batch: Batch, layers: int, heads: int = 0, backward: int = 0
+    ) -> None:
+        if self._progress is not None:
+            windows = len(batch["input_ids"])
+            self._progress.ran(layers * windows, heads * windows, backward * windows)
 
     def _computing_head(self) -> AbstractContextManager[None]:
         head = self._model.get_output_embeddings()

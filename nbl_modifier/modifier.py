@@ -27,6 +27,8 @@ from . import saving, smoothing
 from .architectures import Architecture
 from .calibration import Calibration
 from .composition import Followers, refuse_earlier
+from .cost import Cost, Progress, Settings, duration
+from .distillation import FEW_WINDOWS, RATES
 from .fitting import check_weights_map
 from .hf.checkpoint import check_output_directory, convert_in_place
 from .hf.configuration_nbl import LinearizedLayer, NBLConfigMixin
@@ -39,20 +41,23 @@ from .preflight import (
     check_model,
 )
 from .products import FastProducts
+from .progress import ProgressLine, cost_of, num_windows
 from .report.provenance import collect_versions, utc_timestamp
 from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
 from .report.tables import ranking_table
-from .reuse import Needs, open_sources
+from .reuse import Needs, Sources, open_sources
 from .search import TRIED, Outcome, find_replacements
 from .selection import Budget, count_layers, explain
 from .store import StatisticsStore
 from .surgery import drop_restored_norms, replace
 from .upstream import (
     FusedAttention,
+    hide_bars,
     keep_causal_mask,
     release_causal_mask,
     rewind_generator,
     running_oneshot,
+    show_bars,
 )
 
 __all__ = ["NBLModifier"]
@@ -205,6 +210,9 @@ class NBLModifier(Modifier):
     _num_samples: int = PrivateAttr(default=0)
     _held_out: frozenset[int] = PrivateAttr(default=frozenset())
     _budget: Budget = PrivateAttr()
+    _line: ProgressLine = PrivateAttr(default_factory=ProgressLine)
+    _progress: Progress = PrivateAttr()
+    _passed: set[int] = PrivateAttr(default_factory=set)
     _calibration: Calibration | None = PrivateAttr(default=None)
     _report: NBLReport | None = PrivateAttr(default=None)
 
@@ -333,6 +341,8 @@ class NBLModifier(Modifier):
         keep_causal_mask()
         self._fused_attention = FusedAttention(model)
         self._products = FastProducts()
+        if self._progress.cost.phases:
+            logger.info("NBL will take about {}", self._progress.cost)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -368,6 +378,7 @@ class NBLModifier(Modifier):
         # Until the end of the run: the passes of later modifiers are as slow otherwise.
         assert self._products is not None
         self._products.switch_on()
+        hide_bars()
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
@@ -381,6 +392,17 @@ class NBLModifier(Modifier):
         """
         assert self._calibration is not None
         self._calibration.solve_finished(modules)
+        finished = set(map(id, modules))
+        passed = {
+            index
+            for index, layer in enumerate(
+                decoder_layers(state.model, self._architecture)
+            )
+            if not finished.isdisjoint(map(id, layer.modules()))
+        }
+        new = len(passed - self._passed)
+        self._passed |= passed
+        self._progress.ran(new * self._progress.cost.windows)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """
@@ -389,6 +411,7 @@ class NBLModifier(Modifier):
         :raises RuntimeError: if a layer was never reached by calibration data
         """
         self.remove_hooks()
+        show_bars()
         torch.random.set_rng_state(self._generator_state)
         if self._dataset_args is not None:
             self._dataset_args.propagate_error = self._propagate_error
@@ -418,6 +441,13 @@ class NBLModifier(Modifier):
             refit=self.refit,
             distill_epochs=self.distill_epochs,
             distill_rate=self.distill_rate,
+            progress=self._progress,
+        )
+        self._line.close()
+        logger.info(
+            "NBL: {:.1f} forward passes in {}",
+            self._progress.passes,
+            duration(self._progress.seconds),
         )
         self._switch_off_fused_attention()
         report = self._report = self._make_report(model, calibration, outcome)
@@ -448,6 +478,8 @@ class NBLModifier(Modifier):
         """Make model and configuration those of a linearized checkpoint."""
         # llm-compressor also finalizes the modifiers of a run that failed before.
         self.remove_hooks()
+        show_bars()
+        self._line.close()
         self._switch_off_fused_attention()
         if self._products is not None:
             self._products.switch_off()
@@ -496,8 +528,37 @@ class NBLModifier(Modifier):
         if sources.complete:  # the pipeline will not look at the data for us
             masks = [b["loss_mask"] for b in sources.data.batches if "loss_mask" in b]
             state.loss_masks = masks or None
+        self._progress = Progress(self._cost(state.model, sources), self._line)
         # llm-compressor runs the model over the data only where a modifier asks for it.
         self.requires_calibration_data = not sources.complete
+
+    def _cost(self, model: PreTrainedModel, sources: Sources) -> Cost:
+        """Return what the run is going to cost."""
+        layers, data = decoder_layers(model, self._architecture), sources.data
+        settings = Settings(
+            num_layers=len(layers),
+            windows=num_windows(data),
+            held_out=num_windows(data, held_out=True) if self._holds_out else 0,
+            candidates=sorted(self._candidates),
+            count=self._budget.num_layers,
+            tried=self.criterion in TRIED,
+            limited=self.max_perplexity_increase is not None,
+            greedy=self.selection == "greedy",
+            refit=self.refit,
+            epochs=self.distill_epochs,
+            rates=0 if self.distill_rate is not None else len(RATES),
+            few=FEW_WINDOWS,
+            measures=not sources.complete,
+        )
+        return cost_of(
+            model,
+            layers,
+            data,
+            settings,
+            normalized=self._spec.input == "normalized",
+            kept_apart=self._holds_out or self._store is not None,
+            stored=self._store is not None,
+        )
 
     def _check_recipe(
         self, model: PreTrainedModel, kwargs: dict[str, Any]
@@ -627,6 +688,7 @@ class NBLModifier(Modifier):
             streams=streams,
             store=store,
             log_level=log_level,
+            progress=self._progress,
         )
 
     def _make_report(

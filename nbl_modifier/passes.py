@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from llmcompressor.core import State
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from torch import Tensor
-from tqdm import tqdm
 
 from .architectures import Architecture
 from .calibration import Calibration
@@ -60,7 +59,7 @@ class Passes:
         calibration = self.calibration(None)
         streams: dict[int, Tensor] = {}
         start = 0
-        for index in tqdm(sorted(indices), "NBL: measuring layers", leave=False):
+        for index in sorted(indices):
             with self._watching(calibration, index):
                 self._advance(streams, start, index + 1)
             calibration.solve_finished(self.forward.layers[index].modules())
@@ -84,7 +83,7 @@ class Passes:
         calibration = self.calibration(linearized)
         at_linearized = at_original = 0
         with ExitStack() as stack:
-            for index in tqdm(sorted(indices), "NBL: refitting layers", leave=False):
+            for index in sorted(indices):
                 self._advance(linearized, at_linearized, index)
                 # The layers replaced so far are behind us: what runs is the original.
                 with self._watching(calibration, index):

@@ -21,7 +21,7 @@ from .hf.modeling_nbl import (
     decoder_layers,
 )
 from .upstream import rewind_generator
-from .windows import held_out_batches
+from .windows import Windows, held_out_batches
 
 __all__ = [
     "CalibrationData",
@@ -30,10 +30,14 @@ __all__ = [
     "check_input",
     "check_model",
     "check_num_tokens",
+    "check_predictable",
+    "check_variety",
 ]
 
 # Below this many tokens per dimension in-sample scores are visibly optimistic.
 _FEW_TOKENS_PER_DIMENSION = 10
+# Embeddings compared at a time.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -186,8 +190,9 @@ def check_calibration_data(
     if sum(sizes) == 0:
         raise ValueError(f"the calibration set is empty. {remedy}")
     counts = [_count_tokens(batch) for batch in drawn]
-    held_out = held_out_batches(counts) if hold_out else frozenset[int]()
     ranks = ranks or Ranks()
+    _check_lengths(max(ranks.gather(max(map(_longest, drawn)))))
+    held_out = held_out_batches(counts) if hold_out else frozenset[int]()
     fitted = (count for i, count in enumerate(counts) if i not in held_out)
     tokens = sum(ranks.gather(sum(fitted)))
     check_num_tokens(
@@ -208,7 +213,8 @@ def check_calibration_data(
 
 def _count_tokens(batch: Mapping[str, Tensor]) -> int:
     mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int(mask.sum())
+    # Not the sum: a mask may be in a dtype that cannot count so far.
+    return batch["input_ids"].numel() if mask is None else int(mask.count_nonzero())
 
 
 def check_num_tokens(subject: str, num_tokens: int, hidden_size: int) -> None:
@@ -224,3 +230,70 @@ def check_num_tokens(subject: str, num_tokens: int, hidden_size: int) -> None:
             f"{hidden_size}; at least {_FEW_TOKENS_PER_DIMENSION} times as many tokens "
             "as dimensions are advisable. Use more or longer calibration samples."
         )
+
+
+def _longest(batch: Mapping[str, Tensor]) -> int:
+    """Return the tokens of the longest sample of a batch."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch["input_ids"].shape[-1]
+    return int(mask.count_nonzero(dim=-1).max()) if len(mask) else 0
+
+
+def _check_lengths(longest: int) -> None:
+    if longest < 2:
+        raise ValueError(
+            f"calibration set: its samples have at most {longest} token, got no sample "
+            "of two. A single token attends to itself alone, so any attention looks "
+            "exactly linear. Use longer samples, such as max_seq_length=2048."
+        )
+
+
+def check_predictable(windows: Windows) -> None:
+    """
+    Refuse held-out windows on which no loss can be measured.
+
+    :param windows: all that are held out
+    :raises ValueError: if there is no token to predict in any
+    """
+    numbers = range(len(windows.batches))
+    if not any(bool(windows.targets(number).any()) for number in numbers):
+        raise ValueError(
+            f"held-out part of the calibration set: there is no token to predict in "
+            f"its {len(numbers)} batches, where losses are to be measured. Use longer "
+            "samples, or a loss mask that leaves more of them."
+        )
+
+
+def check_variety(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> None:
+    """
+    Refuse tokens that are all the same to the model; warn if they are few.
+
+    The input of the first layer is a function of the token alone, so it has no more
+    directions than there are tokens of their own.
+
+    :param model: the causal language model
+    :param batches: the calibration set
+    :raises ValueError: if all tokens have the same embedding
+    """
+    found = torch.cat([batch["input_ids"].flatten().unique() for batch in batches])
+    # of an offloaded weight, access gives the copy on the device that computes
+    weight = model.get_input_embeddings().get_parameter("weight")
+    tokens = found.unique().to(weight.device)
+    tokens = tokens[tokens < len(weight)]  # what stands for an image may be past that
+    first = weight[tokens[:1]]
+    if any(bool((weight[part] != first).any()) for part in tokens.split(_ROWS)):
+        hidden_size = model.config.get_text_config().hidden_size
+        if len(tokens) <= hidden_size:
+            logger.warning(
+                "calibration set: {} different tokens for hidden_size {}, so the maps "
+                "of the first layers are not determined by data. Use more varied text.",
+                len(tokens),
+                hidden_size,
+            )
+        return
+    raise ValueError(
+        f"calibration set: the same embedding stands for all of its {len(tokens)} "
+        "different tokens, so there is nothing to fit a map to. Use varied text, and "
+        "check that the model's embeddings are not all zero."
+    )

@@ -11,9 +11,15 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from .distributed import Ranks
-from .fingerprint import data_digest, model_digest
-from .preflight import CalibrationData, check_calibration_data
-from .store import Origin, StatisticsStore
+from .fingerprint import data_digest, model_digest, sampled_model_digest
+from .preflight import (
+    CalibrationData,
+    check_calibration_data,
+    check_predictable,
+    check_variety,
+)
+from .store import FORMAT_VERSION, Origin, StatisticsStore, windows_digest
+from .windows import Windows
 
 __all__ = ["Needs", "Sources", "open_sources"]
 
@@ -83,16 +89,29 @@ def open_sources(
     data = check_calibration_data(
         batches, _hidden_size(model), hold_out or hold_out_to_save, ranks
     )
+    with ranks.failing_together():
+        check_variety(model, data.batches)
+    if needs.losses:
+        check_predictable(_held_out(data))
     digest = _pooled_digest(data, ranks)
     if save_statistics is None:
         return Sources(data, None, complete=False)
-    held_out = sum(len(data.batches[i]["input_ids"]) for i in data.held_out)
-    origin = _origin(model, data.num_samples, digest, needs)
-    origin = replace(origin, held_out=sum(ranks.gather(held_out)))
+    windows = [data.batches[number] for number in sorted(data.held_out)]
+    held_out = sum(ranks.gather(sum(len(each["input_ids"]) for each in windows)))
+    version = StatisticsStore.version_in(save_statistics)
+    origin = _origin(model, data.num_samples, digest, needs, version)
+    known = ranks.alone and version == FORMAT_VERSION
+    origin = replace(
+        origin,
+        held_out=held_out,
+        windows_digest=windows_digest(windows) if known else None,
+    )
     store = _created(save_statistics, origin, ranks)
     if ranks.alone:
-        store.save_windows([data.batches[number] for number in sorted(data.held_out)])
+        store.save_windows(windows)
     found = [index for index in candidates if index in store]
+    if len(found) < len(candidates):
+        _check_found(store, {index: candidates[index] for index in found}, ranks)
     if found:
         logger.info(
             "{}: statistics of {} of {} layers are read, not measured again",
@@ -111,6 +130,7 @@ def _reused(
     folder: str,
 ) -> Sources:
     store = StatisticsStore.open(folder)
+    _warn_of_old(store)
     data, digest = None, ""
     if batches is not None:
         data = check_calibration_data(batches, _hidden_size(model), hold_out=True)
@@ -121,7 +141,8 @@ def _reused(
             "model over the calibration windows again. Pass the dataset, too, or leave "
             "them out."
         )
-    store.check(_origin(model, store.origin.num_samples, digest, needs))
+    num_samples = store.origin.num_samples
+    store.check(_origin(model, num_samples, digest, needs, store.version))
     if needs.heldout_nmse and not store.origin.held_out:
         raise ValueError(
             f"statistics {folder}: taken in several processes, without held-out tokens "
@@ -137,8 +158,15 @@ def _reused(
     if data is None:
         windows = store.windows() if needs.losses else []
         held_out = frozenset(range(len(windows)))
-        data = CalibrationData(list(windows), store.origin.num_samples, held_out)
-    return Sources(replace(data, num_samples=store.origin.num_samples), store, True)
+        data = CalibrationData(list(windows), num_samples, held_out)
+    if needs.losses:
+        check_predictable(_held_out(data))
+    return Sources(replace(data, num_samples=num_samples), store, True)
+
+
+def _held_out(data: CalibrationData) -> Windows:
+    masks = [batch["loss_mask"] for batch in data.batches if "loss_mask" in batch]
+    return Windows(data.batches, masks or None).select(data.held_out)
 
 
 def _hidden_size(model: PreTrainedModel) -> int:
@@ -180,22 +208,42 @@ def _pooled_digest(data: CalibrationData, ranks: Ranks) -> str:
 
 def _created(folder: str, origin: Origin, ranks: Ranks) -> StatisticsStore:
     """Let the first process make the store, and open it in all of them."""
-    failure = None
-    if ranks.rank == 0:
-        try:
+    with ranks.failing_together():
+        if ranks.rank == 0:
             StatisticsStore.create(folder, origin)
-        except (ValueError, OSError) as err:
-            failure = err
-    ranks.check(failure)
-    return StatisticsStore.open(folder)
+    store = StatisticsStore.open(folder)
+    _warn_of_old(store)
+    return store
+
+
+def _check_found(
+    store: StatisticsStore, found: Mapping[int, str], ranks: Ranks
+) -> None:
+    """Read what an interrupted calibration left, each process a part of it, to see
+    now rather than hours later whether it can be used."""
+    with ranks.failing_together():
+        for index in list(found)[ranks.rank :: ranks.size]:
+            store.load(index, found[index])
+
+
+def _warn_of_old(store: StatisticsStore) -> None:
+    if store.version < FORMAT_VERSION:
+        logger.warning(
+            "statistics {}: of format version {}, which has no digests, so a file that "
+            "was changed since, or a model that was edited in a few rows, goes unseen. "
+            "Calibrate again into another folder to be sure.",
+            store.folder,
+            store.version,
+        )
 
 
 def _origin(
-    model: PreTrainedModel, num_samples: int, digest: str, needs: Needs
+    model: PreTrainedModel, num_samples: int, digest: str, needs: Needs, version: int
 ) -> Origin:
+    recognize = model_digest if version == FORMAT_VERSION else sampled_model_digest
     return Origin(
         model=model.config._name_or_path,
-        model_digest=model_digest(model),
+        model_digest=recognize(model),
         data_digest=digest,
         num_samples=num_samples,
         held_out=0,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .architectures import Architecture
 from .calibration import Calibration
+from .cost import Progress
 from .distillation import Distillation
 from .evaluation.perplexity import PerplexityResult
 from .forward import PartialForward
@@ -380,6 +381,7 @@ def find_replacements(
     refit: bool,
     distill_epochs: int,
     distill_rate: float | None,
+    progress: Progress,
 ) -> Outcome:
     """
     Choose layers, and fit them again, or train them, if asked for.
@@ -395,10 +397,12 @@ def find_replacements(
     :param refit: whether to fit the chosen ones again
     :param distill_epochs: how often to go over the windows to train them in the end
     :param distill_rate: learning rate of that; None: found on held-out windows
+    :param progress: of the run
     """
     if data is None:
         return Search(criterion, budget).one_shot(calibration)
-    forward = PartialForward(state.model, architecture)
+    progress.start("selection")
+    forward = PartialForward(state.model, architecture, progress)
     placeholder = getattr(state.model.config, "image_token_id", None)
     windows = Windows(data.batches, state.loss_masks, placeholder)
     passes = Passes(state, forward, architecture, windows, new_calibration)
@@ -413,9 +417,11 @@ def find_replacements(
         else:
             outcome = search.one_shot(calibration)
         if refit:
+            progress.start("refit")
             outcome = search.refit(outcome, passes)
         if distill_epochs:
             assert trials is not None
+            progress.start("distillation")
             fitted_on = windows.select(set(range(len(data.batches))) - data.held_out)
             distillation = Distillation(forward, architecture, fitted_on, trials)
             outcome = search.distill(

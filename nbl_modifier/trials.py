@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from .architectures import Architecture
 from .evaluation.perplexity import PerplexityResult, summarize
@@ -138,8 +137,7 @@ class Trials:
         """
         layers, architecture = self._forward.layers, self._architecture
         sums = {index: _Sums() for index in sorted(candidates)}
-        batches = tqdm(self._windows.batches, "NBL: trying layers", leave=False)
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(self._windows.batches):
             targets = target_tokens(self._windows, number)
             original = self._original.of(number)
             stream, start = None, 0

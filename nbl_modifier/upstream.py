@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from llmcompressor.entrypoints import utils as entrypoints
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from llmcompressor.modeling.moe.linearize import get_linearized_moes
+from llmcompressor.pipelines.sequential import pipeline as sequential
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
 from torch import Tensor, nn
 from torch.fx.node import Argument
@@ -26,11 +27,13 @@ from .architectures import Architecture
 
 __all__ = [
     "FusedAttention",
+    "hide_bars",
     "keep_causal_mask",
     "keep_expert_names",
     "release_causal_mask",
     "rewind_generator",
     "running_oneshot",
+    "show_bars",
     "wrap_saving",
 ]
 
@@ -149,6 +152,24 @@ def keep_expert_names(model: PreTrainedModel, architecture: Architecture) -> Non
     # The others fuse experts, which there is nothing to undo of.
     kept = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     set_save_conversion_mapping(model, [*kept, *renamings])
+
+
+def hide_bars() -> None:
+    """
+    Show none of the sequential pipeline's bars from now on. Safe to call again.
+
+    It has one for each layer (llmcompressor 0.14.0.1, pipelines/sequential/pipeline.py,
+    ``_get_batches``), none of which says how far the run is.
+    """
+    sequential.tqdm = partial(_bar, disable=True)  # type: ignore[misc, assignment]
+
+
+def show_bars() -> None:
+    """Undo :func:`hide_bars`."""
+    sequential.tqdm = _bar  # type: ignore[misc]
+
+
+_bar: Any = sequential.tqdm
 
 
 def rewind_generator() -> Tensor:

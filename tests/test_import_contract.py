@@ -44,13 +44,14 @@ LAYERS = {
     ),
     "ranking": Layer(ours="modifier search report", packages="llmcompressor pydantic"),
     "modifier": Layer(
-        ours="search reuse store calibration composition saving smoothing preflight"
-        " fitting methods surgery upstream products report hf architectures selection",
+        ours="search reuse store calibration progress cost composition saving smoothing"
+        " preflight fitting methods surgery upstream products report hf architectures"
+        " selection",
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
     "search": Layer(
-        ours="distillation passes trials calibration forward preflight surgery windows"
-        " evaluation report architectures selection",
+        ours="distillation passes trials calibration cost forward preflight surgery"
+        " windows evaluation report architectures selection",
         packages="llmcompressor loguru torch",
     ),
     "distillation": Layer(
@@ -59,26 +60,29 @@ LAYERS = {
     ),
     "passes": Layer(
         ours="calibration forward surgery windows architectures",
-        packages="llmcompressor torch tqdm",
+        packages="llmcompressor torch",
     ),
     "trials": Layer(
         ours="forward surgery windows evaluation architectures",
-        packages="torch tqdm",
+        packages="torch",
     ),
     "forward": Layer(
-        ours="products windows hf architectures", packages="torch transformers"
+        ours="cost products windows hf architectures", packages="torch transformers"
     ),
     "calibration": Layer(
-        ours="store distributed capture fitting preflight surgery hf architectures"
+        ours="store distributed capture cost fitting preflight surgery hf architectures"
         " numerics",
         packages="llmcompressor loguru torch",
     ),
     "reuse": Layer(
-        ours="store fingerprint distributed preflight",
+        ours="store fingerprint distributed preflight windows",
         packages="loguru torch transformers",
     ),
     "distributed": Layer(ours="capture", packages="torch"),
-    "store": Layer(ours="capture report numerics", packages="safetensors torch"),
+    "store": Layer(
+        ours="fingerprint packing capture report", packages="safetensors torch"
+    ),
+    "packing": Layer(ours="capture numerics", packages="torch"),
     "fingerprint": Layer(packages="torch transformers"),
     "saving": Layer(
         ours="upstream report hf architectures",
@@ -97,6 +101,8 @@ LAYERS = {
         packages="compressed_tensors loguru torch transformers",
     ),
     "methods": Layer(),
+    "progress": Layer(ours="cost preflight", packages="loguru torch tqdm transformers"),
+    "cost": Layer(),
     "fitting": Layer(ours="surgery hf architectures numerics", packages="torch"),
     "surgery": Layer(ours="hf architectures", packages="compressed_tensors torch"),
     "windows": Layer(packages="torch"),

@@ -25,8 +25,9 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from nbl_modifier import NBLModifier
+from nbl_modifier import NBLModifier, preflight
 from nbl_modifier.architectures import ARCHITECTURES
+from nbl_modifier.windows import held_out_batches
 from tests.tiny_llama import (
     FOUR_BITS,
     VOCAB_SIZE,
@@ -473,3 +474,90 @@ def test_non_finite_activations(
     assert "NaN or inf" in message
     assert "Check the model's dtype" in message
     assert linearized(model) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16])
+def test_tokens_are_counted_whatever_the_dtype_of_masks(dtype: torch.dtype) -> None:
+    """A sum in 16 bits ends at 2,048, or 256, or overflows."""
+    mask = torch.ones(1, 70_000, dtype=dtype)
+    mask[0, :1] = 0
+    batch = {"input_ids": torch.arange(70_000)[None], "attention_mask": mask}
+    assert preflight._count_tokens(batch) == 69_999
+
+
+def rows_of_tokens(*samples: list[int]) -> Dataset:
+    masks = [[1] * len(sample) for sample in samples]
+    return Dataset.from_dict({"input_ids": samples, "attention_mask": masks})
+
+
+@pytest.mark.parametrize("fields", [{}, {"criterion": "loss"}, {"method": "drop"}])
+def test_one_repeated_token(llama: Path, tmp_path: Path, fields: Any) -> None:
+    rows = rows_of_tokens(*[[7] * 64] * 16)
+    modifier = NBLModifier(num_layers=1, **fields)
+    message = refused(tmp_path, llama, [modifier], rows)
+    assert "same embedding stands for all of its 1 different tokens" in message
+
+
+def test_embeddings_that_are_all_zero(
+    llama: Path, rows: Dataset, tmp_path: Path
+) -> None:
+    model = load(llama)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.zero_()
+    settings: list[dict[str, Any]] = [{}, {"criterion": "loss"}, {"method": "drop"}]
+    for fields in settings:
+        modifier = NBLModifier(num_layers=1, **fields)
+        message = refused(tmp_path, model, [modifier], rows)
+        assert "the model's embeddings are not all zero" in message
+
+
+@pytest.mark.parametrize("fields", [{}, {"criterion": "loss"}, {"method": "drop"}])
+def test_samples_of_one_token(llama: Path, tmp_path: Path, fields: Any) -> None:
+    rows = rows_of_tokens(*[[i] for i in range(2, 100)])
+    modifier = NBLModifier(num_layers=1, **fields)
+    message = refused(tmp_path, llama, [modifier], rows)
+    assert "its samples have at most 1 token" in message
+
+
+def test_held_out_samples_of_one_token(llama: Path, tmp_path: Path) -> None:
+    held_out = held_out_batches([64] * 8)
+    samples = [torch.arange(2, 3 if i in held_out else 66)[None] for i in range(8)]
+    batches: Any = [
+        {"input_ids": each, "attention_mask": each.sign()} for each in samples
+    ]
+    rows = DataLoader[Any](batches, batch_size=None)
+    modifier = NBLModifier(num_layers=1, criterion="loss")
+    message = refused(tmp_path, llama, [modifier], rows)
+    assert "there is no token to predict in its 2 batches" in message
+    compress(load(llama), [one_layer()], rows)  # which measures no losses
+
+
+def test_few_different_tokens_are_told(llama: Path, logged: list[str]) -> None:
+    rows = rows_of_tokens(*[[7, 8] * 32] * 16)
+    compress(load(llama), [one_layer()], rows)
+    assert any("2 different tokens for hidden_size 32" in line for line in logged)
+    told = [line for line in logged if "directions" in line]
+    assert len(told) == 1
+    assert told[0].startswith("model.layers.0.self_attn: over the calibration set")
+
+
+def test_enough_different_tokens_are_not(
+    llama: Path, rows: Dataset, logged: list[str]
+) -> None:
+    compress(load(llama), [one_layer()], rows)
+    assert not any("varied text" in line for line in logged)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_the_model_makes_equal_is_refused_by_name(
+    llama: Path, rows: Dataset, dtype: torch.dtype
+) -> None:
+    """Different tokens whose streams differ by rounding alone."""
+    model = load(llama)
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight[:] = 1 + torch.finfo(dtype).eps * (torch.arange(128)[:, None] % 8 == 0)
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn: its input is the same"
+    ):
+        compress(model.to(dtype), [one_layer()], rows)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from llmcompressor.modifiers.quantization import GPTQModifier
 
 from nbl_modifier import NBLModifier
 from nbl_modifier.capture import LayerStatistics
+from nbl_modifier.fingerprint import sampled_model_digest
+from tests.test_store import make_version_2
 from tests.tiny_llama import (
     FOUR_BITS,
     Model,
@@ -201,3 +205,96 @@ def test_normalized_input_from_residual_statistics_is_refused(
 def test_both_folders_at_once_are_refused() -> None:
     with pytest.raises(ValueError, match="Give one of the two"):
         NBLModifier(num_layers=1, statistics="a", save_statistics="b")
+
+
+def edited_embedding(llama: Path) -> Model:
+    """Return the model with one element that version 2 does not look at edited."""
+    model = load(llama)
+    weight = model.get_input_embeddings().weight
+    seen = torch.linspace(0, weight.numel() - 1, 32).long()
+    unseen = next(i for i in range(weight.numel()) if i not in seen)
+    with torch.no_grad():
+        weight.view(-1)[unseen] += 1.0
+    return model
+
+
+def test_an_edited_embedding_is_another_model(llama: Path, saved: Path) -> None:
+    modifier = NBLModifier(num_layers=1, statistics=str(saved))
+    with pytest.raises(ValueError, match="model_digest"):
+        compress(edited_embedding(llama), [modifier], None)
+
+
+@pytest.fixture
+def of_version_2(saved: Path, llama: Path, tmp_path: Path) -> Path:
+    """Return the statistics as commit 0f3852f would have written them."""
+    folder = tmp_path / "version-2"
+    shutil.copytree(saved, folder)
+    path = folder / "statistics.json"
+    digest = sampled_model_digest(load(llama))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_digest": digest}))
+    make_version_2(folder)
+    return folder
+
+
+def test_statistics_of_version_2_are_used_with_a_warning(
+    run: Run, saved: Path, of_version_2: Path, llama: Path, logged: list[str]
+) -> None:
+    _, expected = run(None, num_layers=2, statistics=str(saved))
+    assert not any("format version" in message for message in logged)
+    _, model = run(token_rows(), num_layers=2, statistics=str(of_version_2))
+    assert sum("of format version 2, which has" in message for message in logged) == 1
+    assert linearized(model) == linearized(expected)
+    for index, weight in maps(expected).items():
+        torch.testing.assert_close(maps(model)[index], weight, rtol=0, atol=0)
+    # what it could not see it still does not
+    modifier = NBLModifier(num_layers=2, statistics=str(of_version_2))
+    compress(edited_embedding(llama), [modifier], None)
+    with pytest.raises(ValueError, match="model_digest"):
+        run(
+            None,
+            model=save_llama(of_version_2 / "other", seed=1),
+            num_layers=1,
+            statistics=str(of_version_2),
+        )
+
+
+def test_an_interrupted_calibration_of_version_2_goes_on(
+    run: Run, saved: Path, of_version_2: Path
+) -> None:
+    (of_version_2 / "layer-00002.safetensors").unlink()
+    _, model = run(token_rows(), num_layers=2, save_statistics=str(of_version_2))
+    _, expected = run(None, num_layers=2, statistics=str(saved))
+    assert linearized(model) == linearized(expected)
+    run(None, num_layers=2, statistics=str(of_version_2))
+
+
+@pytest.mark.parametrize("field", ["statistics", "save_statistics"])
+def test_changed_files_are_refused_before_calibration(
+    run: Run, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    folder = tmp_path / "statistics"
+    shutil.copytree(saved, folder)
+    path = folder / "layer-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    if field == "save_statistics":  # interrupted: layer 2 is to be measured
+        (folder / "layer-00002.safetensors").unlink()
+    monkeypatch.setattr(LayerStatistics, "update", None)
+    rows = token_rows() if field == "save_statistics" else None
+    with pytest.raises(ValueError, match=r"layer-00001\.safetensors: has been changed"):
+        run(rows, num_layers=1, **{field: str(folder)})
+
+
+def test_other_held_out_windows_are_refused(
+    run: Run, saved: Path, tmp_path: Path
+) -> None:
+    folder, other = tmp_path / "statistics", tmp_path / "other"
+    shutil.copytree(saved, folder)
+    run(token_rows(seed=1), num_layers=1, save_statistics=str(other))
+    name = "heldout_windows.safetensors"
+    shutil.copy(other / name, folder / name)
+    with pytest.raises(
+        ValueError, match=r"heldout_windows\.safetensors: has been chan"
+    ):
+        run(None, num_layers=1, criterion="loss", statistics=str(folder))

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from nbl_modifier import NBLModifier, numerics
 from nbl_modifier.capture import HeldoutStatistics, LayerMoments, LayerStatistics
-from tests.tiny_llama import compress, load, save_llama, token_rows
+from nbl_modifier.cost import Settings, plan
+from tests.tiny_llama import Model, compress, load, save_llama, token_rows
 from tests.work import CountCalls, PeakMemory, count_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -201,3 +202,89 @@ def test_only_one_layer_is_in_flight(tmp_path: Path) -> None:
             compress(load(folder), [NBLModifier(num_layers=1)], token_rows())
         peaks.add(memory.peak)
     assert len(peaks) == 1
+
+
+class WindowCounter:
+    """Counts how often the MLPs of a model run over a window, all runs included."""
+
+    def __init__(self, model: Model) -> None:
+        self.windows = 0
+        for name, module in model.named_modules():
+            if name.endswith("mlp"):
+                module.register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.windows += len(args[0])
+
+
+# Where the chosen layers are known before they are chosen, so is the cost.
+KNOWN: list[dict[str, Any]] = [
+    {"num_layers": 2},
+    {"num_layers": 2, "criterion": "loss"},
+    {"num_layers": 2, "max_nmse": 1.0},
+    {"num_layers": 2, "max_perplexity_increase": 10.0},
+    {"layers": [1, 3], "refit": True},
+    {"layers": [0, 2], "refit": True, "criterion": "kl", "input": "normalized"},
+    {"layers": [1, 2], "distill_epochs": 2, "distill_rate": 0.01},
+    {"layers": [2], "preset": "best"},
+]
+
+
+@pytest.mark.parametrize("fields", KNOWN, ids=str)
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_as_many_forward_passes_as_stated(
+    llama: Path, fields: dict[str, Any], batch_size: int, logged: list[str]
+) -> None:
+    model, rows = load(llama), token_rows(16, 64)
+    counter, modifier = WindowCounter(model), NBLModifier(**fields)
+    compress(model, [modifier], rows, batch_size=batch_size)
+    cost = modifier._progress.cost
+    assert counter.windows == sum(phase.layers for phase in cost.phases)
+    assert modifier._progress.passes == cost.passes == counter.windows / (4 * 16)
+    said = next(line for line in logged if line.startswith("NBL will take about"))
+    assert f"{cost.passes:.1f} forward passes over 16 windows" in said
+    assert "with 1,024 tokens" in said
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"criterion": "nmse", "refit": False, "distill_epochs": 0}], ids=str
+)
+def test_as_many_forward_passes_as_planned_for_what_was_chosen(
+    llama: Path, fields: dict[str, Any]
+) -> None:
+    """Greedy selection costs what the layers that are left to try cost."""
+    model = load(llama)
+    counter = WindowCounter(model)
+    modifier = NBLModifier(num_layers=3, preset="best", **fields)
+    compress(model, [modifier], token_rows(16, 64))
+    assert modifier.report is not None
+    order = [layer.index for layer in modifier.report.ranking if layer.selected]
+    settings = Settings(
+        num_layers=4,
+        windows=16,
+        held_out=4 if modifier.criterion == "loss" else 0,
+        candidates=range(4),
+        count=3,
+        tried=modifier.criterion == "loss",
+        greedy=True,
+        refit=modifier.refit,
+        epochs=modifier.distill_epochs,
+    )
+    expected = sum(phase.layers for phase in plan(settings, order))
+    assert counter.windows == expected
+    assert modifier._progress.passes == expected / (4 * 16)
+    assert modifier._progress.cost.passes == pytest.approx(expected / 64, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"input": "normalized"}, {"max_nmse": 5.0}], ids=str
+)
+def test_as_much_memory_as_stated(tmp_path: Path, fields: dict[str, Any]) -> None:
+    """Besides two batches in float64, and what two panels of a factor take."""
+    folder = save_llama(tmp_path / "wide", hidden_size=256, num_layers=2)
+    modifier = NBLModifier(num_layers=1, **fields)
+    with PeakMemory() as memory:
+        compress(load(folder), [modifier], token_rows(32, 64))
+    stated = modifier._progress.cost.statistics_bytes
+    other = (2 * (64 + 1) + 3 * 192) * 256 * 8
+    assert 0.9 * stated < memory.peak < stated + other

@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PretrainedConfig
+
+# Tokens in a row that two texts have in common only if one is from the other.
+_PIECE = 32
 
 
 def check_model(model: str, linearize: bool) -> PretrainedConfig:
@@ -92,3 +99,42 @@ def check_writable(path: Path) -> None:
             f"--output {path}: cannot write in {parent} ({err.strerror}). Choose "
             "another directory."
         ) from err
+
+
+def check_heldout(source: str, calibration: Dataset, heldout: Dataset) -> str | None:
+    """
+    Refuse held-out text that is calibrated on.
+
+    :param source: the command line's --heldout
+    :param calibration: rows of all processes
+    :param heldout: rows to measure perplexity on
+    :return: what to say of it where only some of it is
+    :raises ValueError: if half of its windows or more are in the calibration text
+    """
+    piece = min(_PIECE, *map(len, heldout["input_ids"]))
+    windows = [list(_pieces(ids, piece, piece)) for ids in heldout["input_ids"]]
+    wanted = set(itertools.chain(*windows))
+    seen: set[bytes] = set()
+    for ids in calibration["input_ids"]:
+        seen |= wanted.intersection(_pieces(ids, piece, 1))
+    shared = sum(2 * len(seen.intersection(each)) > len(each) for each in windows)
+    if not shared:
+        return None
+    found = (
+        f"--heldout {source}: {shared} of its {len(windows)} windows are in the "
+        "calibration text"
+    )
+    if 2 * shared >= len(windows):
+        raise ValueError(
+            f"{found}, so perplexity on them would not say how the model does on other "
+            "text. Pass other text, or 'none'."
+        )
+    return f"{found}, so perplexity on them is too low"
+
+
+def _pieces(ids: Sequence[int], length: int, step: int) -> Iterator[bytes]:
+    """Yield runs of ``length`` tokens that begin every ``step`` tokens."""
+    numbers = array("q", ids)
+    content, size = numbers.tobytes(), numbers.itemsize
+    for start in range(0, len(ids) - length + 1, step):
+        yield content[size * start : size * (start + length)]

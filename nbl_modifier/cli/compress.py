@@ -46,6 +46,7 @@ class Plan:
     :param tokenizer: the model's tokenizer
     :param calibration: tokenized rows, those of this process; None if none are needed
     :param heldout: token windows, or None for no perplexities
+    :param note: what is to be known about these, or None
     """
 
     args: argparse.Namespace
@@ -54,6 +55,7 @@ class Plan:
     tokenizer: PreTrainedTokenizerBase
     calibration: Dataset | None
     heldout: Dataset | None
+    note: str | None = None
 
 
 def add_parser(commands: Any) -> None:
@@ -126,6 +128,8 @@ def _announce(plan: Plan) -> None:
         if count < args.num_samples:
             asked = args.num_samples
             print(f"note: {asked} sequences were asked for, there are {count}")
+    if plan.note is not None:
+        print(f"note: {plan.note}")
     if plan.heldout is None:
         print("note: no perplexities, because there is no --heldout text")
 
@@ -139,7 +143,7 @@ def prepare(args: argparse.Namespace) -> Plan:
     :raises FileNotFoundError: if a named file does not exist
     :raises NotImplementedError: if the architecture is not supported
     """
-    from .checks import check_model, check_output
+    from .checks import check_heldout, check_model, check_output
     from .logs import show_ours_and_warnings
     from .recipes import load_recipe
     from .sources import (
@@ -161,16 +165,21 @@ def prepare(args: argparse.Namespace) -> Plan:
     config = check_model(args.model, linearize=has_nbl)
     seq_length = sequence_length(args, config)
     tokenizer = load_tokenizer(args.model)
-    calibration = None
+    heldout = heldout_rows(args, tokenizer, seq_length)
+    calibration = note = None
     if use_statistics(args, recipe):
-        calibration = part_of(calibration_rows(args, tokenizer, seq_length))
+        rows = calibration_rows(args, tokenizer, seq_length)
+        if heldout is not None:
+            note = check_heldout(args.heldout or args.dataset, rows, heldout)
+        calibration = part_of(rows)
     return Plan(
         args=args,
         recipe=recipe,
         has_nbl=has_nbl,
         tokenizer=tokenizer,
         calibration=calibration,
-        heldout=heldout_rows(args, tokenizer, seq_length),
+        heldout=heldout,
+        note=note,
     )
 
 

@@ -21,11 +21,13 @@ class AttentionSolution:
     :param bound: CCA bound on the NMSE of the best linear map from x to y + x,
         dimensionless, in ``[0, d]``
     :param residual_variance: trace of the covariance of y + x, in units of y squared
+    :param rank: directions in which x varies, of d, see :attr:`DampedCholesky.rank`
     """
 
     linear_map: LinearMap
     bound: float
     residual_variance: float
+    rank: int
 
 
 def solve_attention(
@@ -49,6 +51,7 @@ def solve_attention(
     variance = float(residual.diagonal().sum())
     factor_residual = damped_cholesky(residual, dampening_frac)
     factor = damped_cholesky(stats.cov_xx, dampening_frac)
+    rank = factor.rank
     half = factor.half_solve(stats.cov_yx.mT)
     if factor.exact:  # L^-1 C_xx is L^T only then
         shared = factor.plus_transposed(half, out=residual)
@@ -58,4 +61,4 @@ def solve_attention(
     bound = nmse_bound_from_half_(factor_residual, shared)
     weight = factor.back_solve_(half).mT
     linear_map = LinearMap(weight, stats.mean_x, stats.mean_y, factor.dampening_frac)
-    return AttentionSolution(linear_map, bound, variance)
+    return AttentionSolution(linear_map, bound, variance, rank)

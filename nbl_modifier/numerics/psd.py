@@ -24,6 +24,11 @@ _ESCALATION = (1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 # have weights of 1e6 there.
 _DATA_ROUNDING = 16 * torch.finfo(torch.float32).eps ** 2
 
+# A channel of which the others explain all but this part of the variance is not counted
+# as a direction of its own. Of text in a model of 576 channels, massive activations
+# and all, none is as low; a token repeated behind another one leaves 6 of 128.
+_DIRECTION = 1e-6
+
 # An estimate this many times the tolerance is not improved any further: the smallest
 # eigenvalue is below it, but by so much only if the first iteration had missed it.
 _CLEAR = 1e3
@@ -131,6 +136,12 @@ class DampedCholesky:
         :raises ValueError: if ``rhs`` does not have d rows
         """
         return self.back_solve_(self.half_solve(rhs))
+
+    @property
+    def rank(self) -> int:
+        """Directions in which the channels vary, of d; pivots tell, about."""
+        pivots = self.factor.diagonal().square()
+        return int((pivots > _DIRECTION).sum()) - self.num_dead
 
     @property
     def exact(self) -> bool:

@@ -32,6 +32,9 @@ __all__ = [
 
 # On a page: text of 8.5 points comes out as large as the page's own.
 _PIXELS_PER_INCH = 104
+# Layers up to which labels of full size fit side by side; up to which small ones do;
+# and which are labelled if they do not either.
+_FEW, _MANY, _EVERY = 40, 90, 5
 # Correlations of 1 up to rounding would otherwise set the scale.
 _LEAST_UNEXPLAINED = 1e-6
 
@@ -254,7 +257,8 @@ def _draw_bars(
 
 def _label_ranks(axes: Axes, layers: list[LayerResult], heights: list[float]) -> None:
     """Write the place in the ranking above every bar."""
-    size_points = 7.5 if len(layers) <= 40 else 5.5
+    size_points = 7.5 if len(layers) <= _FEW else 5.5
+    upright = len(layers) > _MANY  # where three digits are wider than a bar
     for layer, height in zip(layers, heights, strict=True):
         axes.annotate(
             str(layer.rank),
@@ -262,6 +266,7 @@ def _label_ranks(axes: Axes, layers: list[LayerResult], heights: list[float]) ->
             xytext=(0, 2),
             textcoords="offset points",
             ha="center",
+            rotation=90 if upright else 0,
             fontsize=size_points,
             color=CHOSEN if layer.selected else TEXT,
             fontweight="bold" if layer.selected else "normal",
@@ -285,8 +290,8 @@ def style(axes: Axes) -> None:
 
 def _label_layers(axes: Axes, positions: list[int]) -> None:
     axes.set_xlabel("decoder layer")
-    axes.set_xticks(positions)
-    axes.tick_params(axis="x", labelsize=8.5 if len(positions) <= 40 else 5.5)
+    axes.set_xticks(positions[:: 1 if len(positions) <= _MANY else _EVERY])
+    axes.tick_params(axis="x", labelsize=8.5 if len(positions) <= _FEW else 5.5)
 
 
 def _add_legend(axes: Axes, report: NBLReport) -> None:

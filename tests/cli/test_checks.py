@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
-from nbl_modifier.cli.checks import check_model, check_output
+from nbl_modifier.cli.checks import check_heldout, check_model, check_output
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "pycode-4m"
 
@@ -88,3 +89,28 @@ def test_unwritable_output_is_named(tmp_path: Path) -> None:
         ValueError, match=r"--output .*cannot write in .*Not a directory"
     ):
         check_output(str(tmp_path / "file" / "below"), str(MODEL), overwrite=False)
+
+
+def rows_of(*texts: range) -> Dataset:
+    return Dataset.from_dict({"input_ids": [list(text) for text in texts]})
+
+
+def test_heldout_text_that_is_calibrated_on_is_refused() -> None:
+    """Also where the windows of the two begin at other tokens."""
+    text = rows_of(*(range(i, i + 100) for i in range(0, 1000, 100)))
+    same = rows_of(*(range(i, i + 100) for i in range(0, 1000, 100)))
+    shifted = rows_of(*(range(i + 17, i + 117) for i in range(0, 900, 100)))
+    for heldout in (same, shifted):
+        with pytest.raises(ValueError, match=r"--heldout a\.txt: \d+ of its .* 'none'"):
+            check_heldout("a.txt", text, heldout)
+
+
+def test_heldout_text_of_which_a_part_is_calibrated_on_is_told() -> None:
+    text = rows_of(range(100), range(100, 200))
+    heldout = rows_of(*(range(i, i + 100) for i in range(100, 1000, 100)))
+    note = check_heldout("a.txt", text, heldout)
+    assert note is not None
+    assert note.startswith("--heldout a.txt: 1 of its 9 windows are in the calibration")
+    # a phrase in common is no such part
+    assert check_heldout("a.txt", text, rows_of(range(165, 265))) is None
+    assert check_heldout("a.txt", text, rows_of(range(300, 310))) is None

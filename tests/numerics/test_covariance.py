@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streamed moments against the batch oracle, and what update refuses."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -392,3 +393,21 @@ def test_to_keeps_every_value() -> None:
     assert (same.num_tokens, same.cov_yy) == (50, None)
     for name in ("mean_x", "mean_y", "cov_xx", "cov_yx", "var_y"):
         assert torch.equal(getattr(same, name), getattr(stats, name))
+
+
+def test_more_tokens_than_a_float32_or_an_int32_counts() -> None:
+    """The same rows 2^30 times, which doubling takes 30 steps for."""
+    X, Y = gaussian_pair(8, 3, 2, seed=0)
+    accumulator = stream(X, Y, batch=8)
+    once = accumulator.finalize()
+    for _ in range(30):
+        accumulator.merge(copy.deepcopy(accumulator))
+    accumulator.update(torch.from_numpy(X[:1]), torch.from_numpy(Y[:1]))
+    stats = accumulator.finalize()
+    assert stats.num_tokens == 8 * 2**30 + 1
+    # divisor n instead of n - 1, and one row more
+    torch.testing.assert_close(stats.cov_xx, once.cov_xx * 7 / 8, rtol=1e-8, atol=0)
+    alone = stream(X, Y, batch=8)
+    alone._num_tokens = 2**33 + 1
+    pooled = alone.pool_(lambda total: total.mul_(2), lambda total: total.mul_(2))
+    assert pooled.num_tokens == 2**34 + 2

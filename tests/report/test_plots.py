@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The figure holds the numbers of the report, and matplotlib stays optional."""
 
+import itertools
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,23 @@ def test_title_says_model_criterion_and_how_many(
     title = drawn_figure(monkeypatch, tmp_path / "a.png")._suptitle.get_text()
     for words in ("some-model", "2 of 4", "cca_bound"):
         assert words in title
+
+
+@pytest.mark.parametrize("num_layers", [30, 40, 41, 80, 90, 91, 126])
+def test_labels_of_many_layers_do_not_overlap(num_layers: int) -> None:
+    """Those of layers along the axis, and of the ranks above the bars."""
+    one = make_report().layers[0]
+    layers = [replace(one, index=i, rank=num_layers - i) for i in range(num_layers)]
+    figure = plots.ranking_figure(
+        make_report(num_hidden_layers=num_layers, layers=layers)
+    )
+    figure.draw_without_rendering()
+    upper, lower = figure.axes
+    for labels in (upper.texts, lower.get_xticklabels()):
+        boxes = [label.get_window_extent() for label in labels]
+        assert len(boxes) >= 18
+        for left, right in itertools.pairwise(boxes):
+            assert left.x1 < right.x0
 
 
 def test_without_matplotlib_the_message_says_what_to_install(tmp_path: Path) -> None:
