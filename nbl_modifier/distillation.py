@@ -35,9 +35,14 @@ __all__ = ["FEW_WINDOWS", "RATES", "Distillation"]
 _LEAST_SPREAD = 1e-2
 # An epoch that brings the model nearer by less than this part is the last.
 _LEAST_GAIN = 0.01
+# After an epoch that brings it no nearer, the next one starts again at this part of the
+# rate.
+_LOWERED = 1 / 3
+# Of the gain of the best rate tried, what a lower one must have to be taken instead.
+_ENOUGH = 0.75
 #: Learning rates that are tried where none is given, each on so many windows; as many
 #: give the spread of what the maps read.
-RATES, FEW_WINDOWS = (0.06, 0.25, 1.0), 12
+RATES, FEW_WINDOWS = (0.03, 0.1, 0.3), 12
 
 
 class Distillation:
@@ -96,8 +101,6 @@ class Distillation:
                 trained = {i: each.replacement() for i, each in maps.items()}
                 trial = self._try(trained)
                 gained = best.kl - trial.kl
-                if gained > 0:  # never so if it is not a number
-                    kept, best = trained, trial
                 logger.info(
                     "NBL: distillation, epoch {} of at most {}: divergence from the "
                     "original model {:.5f} on held-out windows, {:.5f} before",
@@ -106,7 +109,11 @@ class Distillation:
                     trial.kl,
                     before,
                 )
-                if not gained > _LEAST_GAIN * before:
+                if not gained > 0:  # so, too, if it is not a number
+                    maps, rate = _maps(kept, inputs), rate * _LOWERED
+                    continue
+                kept, best = trained, trial
+                if gained < _LEAST_GAIN * before:
                     break
         if best.kl == before:
             logger.warning(
@@ -120,7 +127,7 @@ class Distillation:
     def _find_rate(
         self, replacements: Mapping[int, Replacement], inputs: _Inputs, before: float
     ) -> float:
-        """Return the rate that brings the model nearest in a few steps."""
+        """Return the lowest rate that brings the model about nearest in a few steps."""
         numbers = self._shuffled(0)[:FEW_WINDOWS]
         found = dict[float, float]()
         for rate in RATES:
@@ -128,7 +135,10 @@ class Distillation:
             self._train(maps, rate, numbers)
             trial = self._try({i: each.replacement() for i, each in maps.items()})
             found[rate] = trial.kl if math.isfinite(trial.kl) else math.inf
-        best = min(found, key=lambda rate: found[rate])
+        gains = {rate: before - kl for rate, kl in found.items()}
+        # A few windows bear a higher rate than many do.
+        enough = _ENOUGH * max(gains.values())
+        best = min((rate for rate in RATES if gains[rate] >= enough), default=RATES[0])
         logger.info(
             "NBL: distill_rate {:g}, of the divergences after {} windows ({}; {:.5f} "
             "before)",

@@ -67,7 +67,7 @@ _PRESETS: dict[str | None, dict[str, Any]] = {
     "best": {
         "criterion": "kl_angle",
         "selection": "greedy",
-        "distill_epochs": 4,
+        "distill_epochs": 2,
         "input": "normalized",
     },
 }

@@ -44,8 +44,8 @@ LAYERS = {
     ),
     "ranking": Layer(ours="modifier search report", packages="llmcompressor pydantic"),
     "modifier": Layer(
-        ours="search reuse store calibration progress cost composition saving smoothing"
-        " preflight fitting methods surgery upstream products report hf architectures"
+        ours="search distillation reuse store calibration progress cost composition"
+        " saving smoothing preflight fitting methods surgery upstream products report hf architectures"
         " selection",
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
@@ -55,9 +55,10 @@ LAYERS = {
         packages="llmcompressor loguru torch",
     ),
     "distillation": Layer(
-        ours="trials forward surgery windows hf architectures",
-        packages="loguru torch tqdm",
+        ours="muon trials forward surgery windows hf architectures",
+        packages="loguru torch",
     ),
+    "muon": Layer(packages="torch"),
     "passes": Layer(
         ours="calibration forward surgery windows architectures",
         packages="llmcompressor torch",

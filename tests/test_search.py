@@ -493,11 +493,11 @@ def test_refit_helps_a_trained_model() -> None:
 
 def test_preset_fills_in_what_is_not_given(llama: Path, rows: Dataset) -> None:
     modifier = NBLModifier(num_layers=2, preset="best")
-    assert (modifier.selection, modifier.refit) == ("greedy", True)
+    assert (modifier.selection, modifier.criterion) == ("greedy", "kl_angle")
     model, report = run(llama, rows, num_layers=2, preset="best")
     spelled_out = {
         name: getattr(modifier, name)
-        for name in ("criterion", "selection", "refit", "distill_epochs", "input")
+        for name in ("criterion", "selection", "distill_epochs", "input")
     }
     same, _ = run(llama, rows, num_layers=2, **spelled_out)
     assert linearized(model) == linearized(same) == report.selected_layers
