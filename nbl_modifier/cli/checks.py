@@ -55,12 +55,15 @@ def check_output(output: str, model: str, overwrite: bool) -> None:
     :param overwrite: whether an existing checkpoint may be replaced
     :raises ValueError: if it is not writable, or not empty
     """
+    from nbl_modifier.hf.directories import recover
+
     path = Path(output)
     if path.exists() and Path(model).exists() and path.samefile(model):
         raise ValueError(
             f"--output {output}: is the model itself. Choose another directory."
         )
     check_writable(path)
+    recover(path)
     if not path.exists() or not any(path.iterdir()):
         return
     if not (path / "config.json").is_file():

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .probe import BASE, with_probes
@@ -16,7 +19,7 @@ from .sources import add_data_arguments, add_statistics_arguments, positive
 if TYPE_CHECKING:
     from datasets import Dataset
     from llmcompressor.recipe import Recipe
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from nbl_modifier.evaluation import PerplexityResult
 
@@ -208,19 +211,40 @@ def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
     count = 0
     if plan.calibration is not None:
         count = share_of(args.num_samples, len(plan.calibration))
-    oneshot(
-        model=model,
-        processor=processor,
-        dataset=plan.calibration,
-        recipe=recipe,
-        output_dir=args.output,
-        num_calibration_samples=count,
-        # packed windows are shuffled already, and the same rows for each modifier
-        shuffle_calibration_samples=not is_packed(args.dataset),
-        batch_size=args.batch_size,
-        pipeline=args.pipeline,
-    )
+    with _output(plan, model.config) as output:
+        oneshot(
+            model=model,
+            processor=processor,
+            dataset=plan.calibration,
+            recipe=recipe,
+            output_dir=output,
+            num_calibration_samples=count,
+            # packed windows are shuffled already, and the same for each modifier
+            shuffle_calibration_samples=not is_packed(args.dataset),
+            batch_size=args.batch_size,
+            pipeline=args.pipeline,
+        )
     del model
     if plan.heldout is not None and rank() == 0:
         figures[SAVED] = measure(load_model(args.output))
     return figures
+
+
+@contextlib.contextmanager
+def _output(plan: Plan, config: PretrainedConfig) -> Iterator[str]:
+    """
+    Yield where ``oneshot()`` is to save.
+
+    A linearized model changes the directory as a whole by itself. What llm-compressor
+    alone saves would be written over the old files one by one.
+    """
+    from nbl_modifier.hf.checkpoint import is_of_checkpoint
+    from nbl_modifier.hf.configuration_nbl import NBLConfigMixin
+    from nbl_modifier.hf.directories import replaced
+
+    linearized = plan.has_nbl or isinstance(config, NBLConfigMixin)
+    if linearized or world_size() > 1:
+        yield plan.args.output
+        return
+    with replaced(Path(plan.args.output), is_of_checkpoint) as folder:
+        yield str(folder)

@@ -36,7 +36,12 @@ from .shortening import (
     renumbered,
 )
 
-__all__ = ["check_output_directory", "convert_in_place", "publish_on_save"]
+__all__ = [
+    "check_output_directory",
+    "convert_in_place",
+    "is_of_checkpoint",
+    "publish_on_save",
+]
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # Of an earlier checkpoint, not of whoever keeps notes beside it.
@@ -181,7 +186,7 @@ def publish_on_save(
             with _unfinished_config(model.config, architecture):
                 inner(str(target), *args, **kwargs)
             return
-        with replaced(target, _is_of_checkpoint) as staging:
+        with replaced(target, is_of_checkpoint) as staging:
             with (
                 _unfinished_config(model.config, architecture),
                 _full_disk_named(target),
@@ -305,12 +310,15 @@ def _copy_modelling_code(directory: Path) -> None:
         (directory / source.name).write_text(text, encoding="utf-8")
 
 
-def _is_of_checkpoint(path: Path, new: Collection[str]) -> bool:
+def is_of_checkpoint(path: Path, new: Collection[str]) -> bool:
     """
     Return whether an entry of the directory belongs to the checkpoint written over.
 
     A tokenizer does if the new checkpoint brings its own. If it brings none,
     ``tokenizer.save_pretrained`` may have been called before the model's.
+
+    :param path: the entry
+    :param new: names of the entries of the new checkpoint
     """
 
     def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -88,3 +88,13 @@ def test_unwritable_output_is_named(tmp_path: Path) -> None:
         ValueError, match=r"--output .*cannot write in .*Not a directory"
     ):
         check_output(str(tmp_path / "file" / "below"), str(MODEL), overwrite=False)
+
+
+def test_what_a_killed_run_had_finished_is_a_checkpoint(tmp_path: Path) -> None:
+    complete = tmp_path / "out" / ".nbl-complete"
+    complete.mkdir(parents=True)
+    (complete / "config.json").write_text("{}")
+    (complete / ".nbl-stale.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"holds a checkpoint.*--overwrite"):
+        check_output(str(tmp_path / "out"), str(MODEL), overwrite=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]

@@ -186,7 +186,9 @@ def run(
             found = loaded_as(path, known)
             # A whole one may wait, hidden, for its turn.
             hidden = path.name.startswith(".")
-            if found is not None and not (found in known and (path == target or hidden)):
+            if found is not None and not (
+                found in known and (path == target or hidden)
+            ):
                 wrong.append(f"{path} after {kills} operations: {found}")
             if stock.loads(path):
                 wrong.append(f"{path} after {kills} operations: loads in transformers")

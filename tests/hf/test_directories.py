@@ -85,9 +85,14 @@ def test_where_there_is_nothing_yet(tmp_path: Path, inside: bool, exists: bool) 
 @INSIDE
 def test_failure_changes_nothing(target: Path, inside: bool) -> None:
     write(target, OLD | KEPT)
-    with pytest.raises(RuntimeError, match="why"), replaced(target, is_stale) as folder:
-        write(folder, NEW)
-        raise RuntimeError("why")
+
+    def fail() -> None:
+        with replaced(target, is_stale) as folder:
+            write(folder, NEW)
+            raise RuntimeError("why")
+
+    with pytest.raises(RuntimeError, match="why"):
+        fail()
     assert read(target.parent) == {f"out/{n}": text for n, text in (OLD | KEPT).items()}
 
 
