@@ -18,6 +18,7 @@ from .calibration import Calibration
 from .distillation import Distillation
 from .evaluation.perplexity import PerplexityResult
 from .forward import PartialForward
+from .methods import TRIED
 from .passes import Passes
 from .preflight import CalibrationData
 from .report.schema import HeldoutResult
@@ -27,11 +28,6 @@ from .trials import Trial, Trials
 from .windows import Windows
 
 __all__ = ["TRIED", "Outcome", "Search", "find_replacements"]
-
-#: Criteria that are measured by trying a replacement on held-out windows, both in nats
-#: per token: the increase of the mean negative log-likelihood, and the divergence of
-#: the next-token distributions from the original model's.
-TRIED = ("loss", "kl")
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,11 @@ def _save_atomically(
     try:
         save_file(tensors, unfinished, metadata=metadata)
         unfinished.replace(path)
+    except SafetensorError as err:
+        raise OSError(
+            f"statistics {path}: cannot be written ({err}). Make room, or choose "
+            "another folder for save_statistics."
+        ) from err
     finally:
         unfinished.unlink(missing_ok=True)
 

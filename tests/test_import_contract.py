@@ -49,7 +49,7 @@ LAYERS = {
     ),
     "search": Layer(
         ours="distillation passes trials calibration forward preflight surgery windows"
-        " evaluation report architectures selection",
+        " evaluation report architectures selection methods",
         packages="llmcompressor loguru torch",
     ),
     "distillation": Layer(

@@ -143,6 +143,22 @@ def gptq() -> GPTQModifier:
         ),
         ("{num_layers: 1, targets: [Linear]}", ["targets", "Linear", "self_attn"]),
         ("{num_layers: 1, targets: []}", ["targets", "self_attn"]),
+        (
+            "{max_nmse: 0.5, ignore: ['re:.*']}",
+            ["ignore", "re:.*", "leaves no attention module", "Ignore fewer"],
+        ),
+        ("{num_layers: 1, targets: ['re:(']}", ["targets", "'re:('", "regular expr"]),
+        ("{num_layers: 1, ignore: ['re:[']}", ["ignore", "'re:['", "regular expr"]),
+        ("{kv_cache_reduction: yes}", ["kv_cache_reduction", "got true", "number"]),
+        ("{num_layers: 1, statistics: ''}", ["statistics", "a folder, got ''"]),
+        (
+            "{num_layers: 1, save_statistics: /dev/null}",
+            ["save_statistics: '/dev/null'", "File exists", "Choose another"],
+        ),
+        (
+            "{num_layers: 1, save_statistics: /dev/null/below}",
+            ["save_statistics: '/dev/null/below'", "Not a directory"],
+        ),
         ("{num_layers: 1, criterion: cca}", ["criterion", "cca_bound", "nmse"]),
         ("{num_layers: 1, input: norm}", ["input", "residual", "normalized"]),
         ("{num_layers: 1, dampening_frac: -0.1}", ["dampening_frac", "equal to 0"]),
