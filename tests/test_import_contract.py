@@ -39,7 +39,7 @@ LAYERS = {
     "cli": Layer(
         ours="ranking modifier benchmark evaluation report data hf architectures",
         lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru"
-        " yaml vllm lm_eval",
+        " yaml vllm lm_eval safetensors",
     ),
     "ranking": Layer(ours="modifier search report", packages="llmcompressor pydantic"),
     "modifier": Layer(

@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .options import first_line
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -36,10 +38,10 @@ def check_model(model: str, linearize: bool) -> PretrainedConfig:
     nbl_modifier.hf.register()
     try:
         config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as err:
-        reason = str(err).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
         raise ValueError(
-            f"model {model}: cannot be loaded. Check the path or name. ({reason})"
+            f"model {model}: cannot be loaded. Check the path or name. "
+            f"({first_line(err)})"
         ) from err
     if linearize:
         architecture_of(config.model_type)
@@ -95,3 +97,21 @@ def check_writable(path: Path) -> None:
             f"--output {path}: cannot write in {parent} ({err.strerror}). Choose "
             "another directory."
         ) from err
+
+
+def make_folder(output: str) -> Path:
+    """
+    Make the output folder now rather than fail when everything is measured.
+
+    :param output: the command line's --output
+    :raises ValueError: if it cannot be made, or written in
+    """
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ValueError(
+            f"--output {output}: cannot be made ({err.strerror}). Choose another."
+        ) from err
+    check_writable(folder)
+    return folder

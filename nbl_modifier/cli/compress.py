@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .options import path, positive
 from .probe import BASE, with_probes
 from .processes import part_of, process_group, rank, share_of, world_size
-from .sources import add_data_arguments, add_statistics_arguments, positive
+from .sources import add_data_arguments, add_statistics_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -74,9 +75,21 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="directory or Hugging Face name")
-    add("--recipe", required=True, metavar="FILE", help="llm-compressor recipe, YAML")
-    add("--output", required=True, metavar="DIR", help="directory for the checkpoint")
+    add("model", type=path, metavar="MODEL", help="directory or Hugging Face name")
+    add(
+        "--recipe",
+        type=path,
+        required=True,
+        metavar="FILE",
+        help="llm-compressor recipe, YAML",
+    )
+    add(
+        "--output",
+        type=path,
+        required=True,
+        metavar="DIR",
+        help="directory for the checkpoint",
+    )
     add("--overwrite", action="store_true", help="replace the checkpoint in --output")
     group = parser.add_argument_group("calibration")
     add_data_arguments(group)
@@ -87,6 +100,7 @@ def add_parser(commands: Any) -> None:
 def _add_heldout_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--heldout",
+        type=path,
         metavar="SOURCE",
         help="text for perplexity: 'stdlib', a file, a folder, or 'none' (default: "
         "'stdlib' with --dataset stdlib, else 'none')",
@@ -119,7 +133,7 @@ def run(args: argparse.Namespace) -> None:
 def _announce(plan: Plan) -> None:
     args, rows = plan.args, plan.calibration
     if rows is None:
-        print(f"calibration: statistics in {args.statistics}")
+        print(f"calibration: {_without_data(plan)}")
     else:
         source = args.dataset
         if source == "stdlib":
@@ -131,6 +145,12 @@ def _announce(plan: Plan) -> None:
             print(f"note: {asked} sequences were asked for, there are {count}")
     if plan.heldout is None:
         print("note: no perplexities, because there is no --heldout text")
+
+
+def _without_data(plan: Plan) -> str:
+    folders = (getattr(each, "statistics", None) for each in plan.recipe.modifiers)
+    found = [folder for folder in folders if folder is not None]
+    return f"statistics in {found[0]}" if found else "the recipe needs no data"
 
 
 def prepare(args: argparse.Namespace) -> Plan:
@@ -149,6 +169,7 @@ def prepare(args: argparse.Namespace) -> Plan:
         calibration_rows,
         heldout_rows,
         load_tokenizer,
+        refuse_idle_data_options,
         sequence_length,
         use_statistics,
     )
@@ -162,10 +183,12 @@ def prepare(args: argparse.Namespace) -> Plan:
 
     has_nbl = any(isinstance(each, NBLModifier) for each in recipe.modifiers)
     config = check_model(args.model, linearize=has_nbl)
+    calibrates = use_statistics(args, recipe)
+    refuse_idle_data_options(args, calibrates)
     seq_length = sequence_length(args, config)
     tokenizer = load_tokenizer(args.model)
     calibration = None
-    if use_statistics(args, recipe):
+    if calibrates:
         calibration = part_of(calibration_rows(args, tokenizer, seq_length))
     return Plan(
         args=args,
