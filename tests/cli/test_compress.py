@@ -43,7 +43,8 @@ def compress(
     """Run the command on the bundled model."""
     output = folder / "checkpoint"
     arguments = ["compress", MODEL, "--recipe", recipe, "--output", str(output)]
-    assert main([*arguments, *SMALL, *HELDOUT, *options]) == 0
+    heldout = [] if "--dataset" in options else HELDOUT
+    assert main([*arguments, *SMALL, *heldout, *options]) == 0
     return Run(output, capsys.readouterr().out)
 
 
