@@ -151,14 +151,6 @@ def gptq() -> GPTQModifier:
         ("{num_layers: 1, ignore: ['re:[']}", ["ignore", "'re:['", "regular expr"]),
         ("{kv_cache_reduction: yes}", ["kv_cache_reduction", "got true", "number"]),
         ("{num_layers: 1, statistics: ''}", ["statistics", "a folder, got ''"]),
-        (
-            "{num_layers: 1, save_statistics: /dev/null}",
-            ["save_statistics: '/dev/null'", "File exists", "Choose another"],
-        ),
-        (
-            "{num_layers: 1, save_statistics: /dev/null/below}",
-            ["save_statistics: '/dev/null/below'", "Not a directory"],
-        ),
         ("{num_layers: 1, criterion: cca}", ["criterion", "cca_bound", "nmse"]),
         ("{num_layers: 1, input: norm}", ["input", "residual", "normalized"]),
         ("{num_layers: 1, dampening_frac: -0.1}", ["dampening_frac", "equal to 0"]),
@@ -170,6 +162,19 @@ def test_recipe_fields(
 ) -> None:
     message = refused(tmp_path, llama, yaml_recipe(fields), rows)
     for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("/dev/null", "File exists"), ("/dev/null/below", "Not a directory")],
+)
+def test_folder_for_statistics_that_cannot_be_one(
+    llama: Path, rows: Dataset, tmp_path: Path, folder: str, reason: str
+) -> None:
+    recipe = NBLModifier(num_layers=1, save_statistics=folder)
+    message = refused(tmp_path, llama, recipe, rows, OSError)
+    for word in (f"NBLModifier.save_statistics: '{folder}'", reason, "Choose another"):
         assert word in message, message
 
 
