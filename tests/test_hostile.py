@@ -138,7 +138,8 @@ def test_fuzz_field(name: str, hostile_input: Callable[[], None]) -> None:
     def try_one(value: Any) -> None:
         hostile_input()
         others = OTHERS.get(name, {"num_layers": 1})
-        modifier, said = outcome(lambda: NBLModifier(**others, **{name: value}))
+        fields: dict[str, Any] = {**others, name: value}
+        modifier, said = outcome(lambda: NBLModifier(**fields))
         if modifier is None:
             assert name in said, (value, said)
             assert "got" in said or "input_value" in said
@@ -170,7 +171,8 @@ def test_fuzz_right_values_are_taken(
     @given(RIGHT[name])
     def try_one(value: Any) -> None:
         hostile_input()
-        modifier = NBLModifier(**OTHERS.get(name, {"num_layers": 1}), **{name: value})
+        fields: dict[str, Any] = {**OTHERS.get(name, {"num_layers": 1}), name: value}
+        modifier = NBLModifier(**fields)
         kept = getattr(modifier, name)
         assert kept == (sorted(value) if isinstance(value, list) else value)
 
@@ -310,9 +312,8 @@ def test_fuzz_nbl_config(hostile_input: Callable[[], None]) -> None:
     @given(BLOCK | JSON)
     def try_one(block: Any) -> None:
         hostile_input()
-        config: Any = config_class(ARCHITECTURES["llama"])(
-            hidden_size=32, num_hidden_layers=4, nbl_config=block
-        )
+        kind: Any = config_class(ARCHITECTURES["llama"])
+        config = kind(hidden_size=32, num_hidden_layers=4, nbl_config=block)
         layers, said = outcome(config.linearized_layers)
         if layers is None:
             assert "nbl_config" in said
@@ -369,7 +370,8 @@ def test_fuzz_budget_of_a_model(
         fits = wanted <= 4 and (name != "layers" or max(value) < 4)
         rank_fits = rank is None or rank <= 32
         model = load(llama)
-        modifier = NBLModifier(**{name: value, "rank": rank})
+        fields: dict[str, Any] = {name: value, "rank": rank}
+        modifier = NBLModifier(**fields)
         _, said = outcome(lambda: compress(model, modifier, rows))
         assert len(linearized(model)) == (0 if said else wanted)
         assert bool(said) == (not (fits and rank_fits)), said
@@ -433,5 +435,6 @@ def test_hostile_recipe_in_binary(
 
 
 def test_dates_are_no_layers() -> None:
+    date: Any = datetime.date(2026, 1, 1)
     with pytest.raises(ValueError, match="num_layers"):
-        NBLModifier(num_layers=datetime.date(2026, 1, 1))
+        NBLModifier(num_layers=date)

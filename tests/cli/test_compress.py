@@ -318,7 +318,8 @@ def test_overwrite_without_nbl_leaves_nothing_of_the_old_one(
     recipe.write_text(
         f"default_stage: {{default_modifiers: {{QuantizationModifier: {fields}}}}}\n"
     )
-    compress(tmp_path, str(recipe), capsys, "--overwrite")
+    arguments = ["compress", MODEL, "--recipe", str(recipe), *HELDOUT]
+    assert main([*arguments, "--output", str(first.output), "--overwrite"]) == 0
     names = {path.name for path in first.output.iterdir()}
     assert not {name for name in names if name.startswith("nbl_")}
     assert not list(first.output.glob("*.py"))
