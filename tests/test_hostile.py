@@ -69,7 +69,7 @@ HOSTILE = st.recursive(
 AT_LEAST_ONE = {"num_layers", "max_parameters"}
 POSITIVE = {"kv_cache_reduction", "max_nmse", "distill_rate"}
 NOT_NEGATIVE = {"max_perplexity_increase", "dampening_frac", "distill_epochs"}
-CHOICES = {
+CHOICES: dict[str, set[str | None]] = {
     "criterion": {"cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl"},
     "selection": {"one_shot", "greedy"},
     "kind": {"attention", "block"},

@@ -427,7 +427,7 @@ def test_what_has_no_effect_is_refused(
 @pytest.mark.parametrize("name", ["start", "end", "update", "index", "initialized_"])
 def test_fields_of_training_schedules_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"no field {name}\. Its fields: num_layers"):
-        NBLModifier(num_layers=1, **{name: 0})
+        NBLModifier(**dict[str, Any]({"num_layers": 1, name: 0}))
 
 
 @pytest.mark.parametrize(
@@ -459,8 +459,13 @@ def test_layers_with_the_preset_leave_nothing_to_choose(
     )
     assert modifier.refit
     # as earlier versions saved it, with what the preset had filled in
-    fields = {"preset": "best", "criterion": "loss", "selection": "greedy"}
-    saved = NBLModifier(layers=[0, 2], **fields, distill_epochs=0)
+    saved = NBLModifier(
+        layers=[0, 2],
+        preset="best",
+        criterion="loss",
+        selection="greedy",
+        distill_epochs=0,
+    )
     assert saved.model_dump() == modifier.model_dump()
     said = [text for text in logged if "is left out" in text]
     assert [text.partition(":")[0] for text in said] == [
