@@ -83,7 +83,8 @@ CHOICES: dict[str, set[str | None]] = {
 def means_the_same(value: Any, kept: Any) -> bool:
     """Return whether a field holds what was written, as a number or as it was."""
     if isinstance(value, list | tuple):
-        return sorted(map(str, value)) == sorted(map(str, kept))
+        texts = [v.decode() if isinstance(v, bytes) else str(v) for v in value]
+        return sorted(texts) == sorted(map(str, kept))
     if isinstance(kept, bool):
         yes = ("1", "1.0", "true", "yes", "on", "t", "y")
         return (str(value).lower() in yes) == kept
