@@ -121,7 +121,8 @@ def evaluate(row: LmEvalRow, checkpoint: Path, folder: Path) -> dict[str, Any]:
     arguments = [
         *("evaluate", str(checkpoint), "--baseline", str(ROOT / row.model)),
         *("--backend", row.lmeval.model, "--tasks", ",".join(row.lmeval.tasks)),
-        *("--limit", str(row.lmeval.limit), "--batch-size", "16"),
+        *("--limit", str(row.lmeval.limit)),
+        *(("--batch-size", "16") if row.lmeval.model == "hf" else ()),
         *("--output", str(checkpoint), "--cache", str(folder)),
     ]
     if row.lmeval.model == "vllm":

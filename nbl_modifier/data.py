@@ -75,7 +75,18 @@ def is_local(source: str) -> bool:
     looks_like_path = source.startswith((".", "~", os.sep)) or (
         _suffix(Path(source)) in _TEXT_SUFFIXES | set(_TABLE_BUILDERS)
     )
-    return source == STDLIB or looks_like_path or Path(source).exists()
+    return bool(source) and (
+        source == STDLIB or looks_like_path or Path(source).exists()
+    )
+
+
+def is_table(source: str) -> bool:
+    """
+    Return True if a file is a table by its name, packed with gzip and the like or not.
+
+    :param source: the path
+    """
+    return _suffix(Path(source)) in _TABLE_BUILDERS
 
 
 def is_packed(source: str) -> bool:
@@ -301,10 +312,10 @@ def _read_table(path: Path, text_column: str) -> list[str]:
     builder = _TABLE_BUILDERS[_suffix(path)]
     try:
         table = load_dataset(builder, data_files=str(path), split="train")
-    except DatasetGenerationError as err:
+    except (DatasetGenerationError, ValueError, TypeError, LookupError, OSError) as err:
+        reason = str(err.__cause__ or err) or type(err).__name__
         raise ValueError(
-            f"dataset {path}: cannot be read as {builder} ({err.__cause__ or err}). "
-            "Check the file."
+            f"dataset {path}: cannot be read as {builder} ({reason}). Check the file."
         ) from err
     if text_column not in table.column_names:
         raise ValueError(

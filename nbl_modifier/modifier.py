@@ -17,6 +17,7 @@ from pydantic import (
     PrivateAttr,
     StrictFloat,
     StrictInt,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -33,7 +34,14 @@ from .fitting import check_weights_map
 from .hf.checkpoint import check_output_directory, convert_in_place
 from .hf.configuration_nbl import LinearizedLayer, NBLConfigMixin
 from .hf.modeling_nbl import decoder_layers
-from .methods import applies, check_options, choose_rank
+from .methods import (
+    TRIED,
+    check_options,
+    check_pattern,
+    choose_rank,
+    refuse_boolean,
+    why_idle,
+)
 from .preflight import (
     CalibrationData,
     candidate_layers,
@@ -46,7 +54,7 @@ from .report.provenance import collect_versions, utc_timestamp
 from .report.schema import FORMAT_VERSION, LayerResult, NBLReport
 from .report.tables import ranking_table
 from .reuse import Needs, Sources, open_sources
-from .search import TRIED, Outcome, find_replacements
+from .search import Outcome, find_replacements
 from .selection import Budget, count_layers, explain
 from .store import StatisticsStore
 from .surgery import drop_restored_norms, replace
@@ -220,13 +228,23 @@ class NBLModifier(Modifier):
     @classmethod
     def _check_names(cls, fields: Any) -> Any:
         own = [name for name in cls.model_fields if name not in Modifier.model_fields]
-        unknown = sorted(set(fields) - set(cls.model_fields))
+        # start, end, update and index are of training schedules, the rest is of the
+        # lifecycle; llm-compressor gives the group.
+        unknown = sorted(map(str, set(fields) - {*own, "group"}))
         if unknown:
             raise ValueError(
                 f"NBLModifier has no field {', '.join(unknown)}. Its fields: "
                 f"{', '.join(own)}."
             )
         return fields
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if cls.model_fields[info.field_name].annotation is not bool:
+            refuse_boolean(value)
+        return value
 
     @field_validator("layers")
     @classmethod
@@ -250,12 +268,27 @@ class NBLModifier(Modifier):
             f"1, got {rank}. Without a linear map: method: drop."
         )
 
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _check_patterns(cls, patterns: list[str] | None) -> list[str] | None:
+        check_pattern(patterns or [])
+        return patterns
+
+    @field_validator("statistics", "save_statistics")
+    @classmethod
+    def _check_folder(cls, folder: str | None) -> str | None:
+        if folder is not None and (not folder.strip() or "\0" in folder):
+            raise ValueError(f"must name a folder, got {folder!r}. Give its path.")
+        return folder
+
     @model_validator(mode="after")
     def _fill_in_preset(self) -> Self:
         for name, value in _PRESETS.get(self.preset, {}).items():
-            if name not in self.model_fields_set:
-                if not applies(name, self.kind, self.method, self.estimator):
-                    continue
+            given = name in self.model_fields_set
+            if why_idle(name, value, self._values) is not None:
+                if given and self.layers is not None:
+                    self._restore_default(name)
+            elif not given:
                 setattr(self, name, value)
                 self._filled_in.add(name)
             elif getattr(self, name) != value:
@@ -268,27 +301,39 @@ class NBLModifier(Modifier):
                 )
         return self
 
+    def _restore_default(self, name: str) -> None:
+        """Undo what an earlier version wrote into the recipe that it saved."""
+        default, found = type(self).model_fields[name].default, getattr(self, name)
+        if found != default:
+            setattr(self, name, default)
+            logger.warning(
+                "NBLModifier.{}: {!r} of preset {!r} chooses among layers, and layers "
+                "says which they are, so it is left out",
+                name,
+                found,
+                self.preset,
+            )
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
     @model_validator(mode="after")
     def _check_method(self) -> Self:
-        ranks = ("rank", "max_parameters")
-        check_options(
-            kind=self.kind,
-            method=self.method,
-            estimator=self.estimator,
-            input=self.input,
-            low_rank=[name for name in ranks if getattr(self, name) is not None],
-            refit=self.refit,
-            distilled=self.distill_epochs > 0,
-        )
+        fields = type(self).model_fields
+        defaults = {
+            name: field.get_default(call_default_factory=True)
+            for name, field in fields.items()
+        }
+        check_options(self._values, defaults)
         return self
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
         ways = ("num_layers", "layers", "kv_cache_reduction")
-        limits = ("max_nmse", "max_perplexity_increase")
+        limits = (self.max_nmse, self.max_perplexity_increase)
         given = [name for name in ways if getattr(self, name) is not None]
-        limiting = [name for name in limits if getattr(self, name) is not None]
-        if len(given) > 1 or not (given or limiting):
+        if len(given) > 1 or (not given and limits == (None, None)):
             raise ValueError(
                 "NBLModifier needs one of num_layers (how many layers to "
                 "replace), layers (which ones) and kv_cache_reduction (the part of the "
@@ -299,11 +344,6 @@ class NBLModifier(Modifier):
             raise ValueError(
                 "NBLModifier.statistics says where to read statistics and "
                 "save_statistics where to write them. Give one of the two."
-            )
-        if self.layers is not None and limiting:
-            raise ValueError(
-                f"NBLModifier.layers says which layers to replace, so {limiting[0]} "
-                "cannot limit them. Give one of the two."
             )
         return self
 
@@ -504,20 +544,28 @@ class NBLModifier(Modifier):
 
     def _open_sources(self, state: State) -> None:
         """Decide what to measure, and on what."""
-        sources = open_sources(
-            state.model,
-            state.data.calib,
-            self._candidates,
-            Needs(
-                kind=self.kind,
-                input=self._spec.input,
-                heldout_nmse=self.max_nmse is not None,
-                losses=self._measures_losses,
-                windows=self.runs_again,
-            ),
-            statistics=self.statistics,
-            save_statistics=self.save_statistics,
+        needs = Needs(
+            kind=self.kind,
+            input=self._spec.input,
+            heldout_nmse=self.max_nmse is not None,
+            losses=self._measures_losses,
+            windows=self.runs_again,
         )
+        try:
+            sources = open_sources(
+                state.model,
+                state.data.calib,
+                self._candidates,
+                needs,
+                statistics=self.statistics,
+                save_statistics=self.save_statistics,
+            )
+        except OSError as err:
+            name = "save_statistics" if self.statistics is None else "statistics"
+            raise OSError(
+                f"NBLModifier.{name}: {getattr(self, name)!r} cannot be used as a "
+                f"folder ({err.strerror or err}). Choose another one."
+            ) from err
         self._store = sources.store
         self._num_samples = sources.data.num_samples
         self._held_out = sources.data.held_out

@@ -152,6 +152,11 @@ def candidate_layers(
         if not matching(pattern):
             logger.warning("NBLModifier.ignore: {!r} matches no {}", pattern, what)
         allowed -= matching(pattern)
+    if not allowed:
+        raise ValueError(
+            f"NBLModifier.ignore: {list(ignore)} leaves no {what} to replace. Ignore "
+            "fewer."
+        )
     return {index: name for index, name in names.items() if name in allowed}
 
 

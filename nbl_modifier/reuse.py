@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,6 +82,8 @@ def open_sources(
     """
     ranks = Ranks()
     _check_ranks(needs, ranks)
+    # Recipes are read by no shell that would know what ~ is.
+    statistics, save_statistics = map(_expanded, (statistics, save_statistics))
     if statistics is not None:
         return _reused(model, batches, candidates, needs, statistics)
     hold_out = needs.heldout_nmse or needs.losses
@@ -120,6 +123,10 @@ def open_sources(
             len(candidates),
         )
     return Sources(data, store, complete=len(found) == len(candidates))
+
+
+def _expanded(folder: str | None) -> str | None:
+    return folder and os.path.expanduser(folder)  # noqa: PTH111  keeps ~nobody as it is
 
 
 def _reused(

@@ -19,6 +19,7 @@ from .cost import Progress
 from .distillation import Distillation
 from .evaluation.perplexity import PerplexityResult
 from .forward import PartialForward
+from .methods import TRIED
 from .passes import Passes
 from .preflight import CalibrationData
 from .report.schema import HeldoutResult
@@ -28,12 +29,6 @@ from .trials import Trial, Trials
 from .windows import Windows
 
 __all__ = ["TRIED", "Outcome", "Search", "find_replacements"]
-
-#: Criteria that are measured by trying a replacement on held-out windows, in nats per
-#: token: the increase of the mean negative log-likelihood, the divergence of the
-#: next-token distributions from the original model's, and that divergence times the
-#: angle, in radians, by which the original layer turns the residual stream.
-TRIED = ("loss", "kl", "kl_angle")
 
 
 @dataclass(frozen=True)

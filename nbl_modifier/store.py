@@ -338,8 +338,8 @@ def _save_atomically(
         unfinished.replace(path)
     except SafetensorError as err:
         raise OSError(
-            f"statistics {path}: cannot be written ({err}). Free space on the disk, or "
-            "set save_statistics to another folder."
+            f"statistics {path}: cannot be written ({err}). Make room, or choose "
+            "another folder for save_statistics."
         ) from err
     finally:
         unfinished.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +23,41 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # scipy's, in which the oracles compute on small matrices: see one_thread below.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+_HOSTILE = "hostile inputs"
+
 # No deadline: the first example pays for imports and thread pools. Derandomized: a
 # failure in CI is the same failure on a desk.
 settings.register_profile("nbl", deadline=None, derandomize=True)
 settings.load_profile("nbl")
+
+
+@pytest.fixture
+def hostile_input(
+    record_property: Callable[[str, object], None],
+) -> Iterator[Callable[[], None]]:
+    """Return what a test calls for each hostile input that it tries."""
+    count = 0
+
+    def one_more() -> None:
+        nonlocal count
+        count += 1
+
+    yield one_more
+    record_property(_HOSTILE, count)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many hostile inputs were tried, in all processes."""
+    reports = [each for found in terminalreporter.stats.values() for each in found]
+    tried = sum(
+        value
+        for report in reports
+        if getattr(report, "when", None) == "teardown"
+        for name, value in report.user_properties
+        if name == _HOSTILE
+    )
+    if tried:
+        terminalreporter.write_sep("=", f"{tried:,} hostile inputs were tried")
 
 
 @pytest.fixture(scope="module")

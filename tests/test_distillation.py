@@ -62,6 +62,12 @@ def source() -> Dataset:
     return data.pack(texts, demo_tokenizer(), seq_length=128, num_sequences=48)
 
 
+def only(layers: list[int]) -> dict[str, Any]:
+    """Return fields that replace these layers, and may measure what each one costs."""
+    names = [f"model.layers.{index}.self_attn" for index in layers]
+    return {"targets": names, "num_layers": len(layers)}
+
+
 # --- what it does ---------------------------------------------------------------------
 
 
@@ -70,7 +76,7 @@ def test_a_trained_model_comes_nearer_to_the_original(
     source: Dataset, fields: dict[str, Any]
 ) -> None:
     """On windows that nothing was trained on, by the maps alone."""
-    fields = {"layers": LAYERS, "refit": True, **fields}
+    fields = {**only(LAYERS), "refit": True, **fields}
     before, _ = run(load(DEMO_MODEL), source, criterion="kl", **fields)
     after, report = run(load(DEMO_MODEL), source, distill_epochs=2, **fields)
     assert report.distill_epochs == 2
@@ -96,7 +102,7 @@ def test_it_can_be_repeated(source: Dataset) -> None:
 def test_what_does_not_help_is_not_kept(
     llama: Path, rows: Dataset, logged: list[str]
 ) -> None:
-    fields: dict[str, Any] = {"layers": [1, 2], "criterion": "loss"}
+    fields: dict[str, Any] = {**only([1, 2]), "criterion": "loss"}
     fitted, _ = run(load(llama), rows, **fields)
     after, report = run(load(llama), rows, **fields, distill_epochs=2, distill_rate=1e6)
     assert all(torch.equal(fitted[name], after[name]) for name in fitted)

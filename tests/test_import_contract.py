@@ -40,7 +40,7 @@ LAYERS = {
         ours="ranking modifier benchmark evaluation products report data hf"
         " architectures",
         lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru"
-        " yaml vllm lm_eval",
+        " yaml vllm lm_eval safetensors",
     ),
     "ranking": Layer(ours="modifier search report", packages="llmcompressor pydantic"),
     "modifier": Layer(
@@ -51,7 +51,7 @@ LAYERS = {
     ),
     "search": Layer(
         ours="distillation passes trials calibration cost forward preflight surgery"
-        " windows evaluation report architectures selection",
+        " windows evaluation report architectures selection methods",
         packages="llmcompressor loguru torch",
     ),
     "distillation": Layer(

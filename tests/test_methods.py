@@ -367,20 +367,14 @@ def test_all_blocks_cannot_go(folder: Path, rows: Dataset) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "drop", "rank": 8}, "drop puts nothing .* rank"),
-        ({"method": "drop", "refit": True}, "drop puts nothing .* refit"),
-        ({"method": "drop", "distill_epochs": 1}, "drop puts nothing .* distill_e"),
-        ({"method": "drop", "estimator": "wo_wv"}, "drop puts nothing .* wo_wv"),
-        ({"kind": "block", "input": "normalized"}, "block replaces the input norm"),
-        ({"estimator": "wo_wv"}, "needs kind: attention, input: normalized"),
+        ({"estimator": "wo_wv"}, "needs kind: attention and input: normalized"),
         (
-            {"estimator": "wo_wv", "input": "normalized", "refit": True},
-            "got kind: attention, input: normalized, refit: true",
+            {"estimator": "wo_wv", "kind": "block"},
+            "got kind: block, input: residual",
         ),
         ({"rank": 8, "max_parameters": 100}, "rank and max_parameters both"),
         ({"rank": 0}, "integer >= 1, or a fraction .* got 0.* method: drop"),
         ({"rank": 1.0}, "got 1.0"),
-        ({"rank": True}, "rank"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -388,6 +382,120 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         NBLModifier(num_layers=2, **fields)
+
+
+DROP, WEIGHTS = {"method": "drop"}, {"estimator": "wo_wv", "input": "normalized"}
+
+
+@pytest.mark.parametrize(
+    ("others", "name", "value", "remedy"),
+    [
+        (DROP, "rank", 8, "method: linear"),
+        (DROP, "max_parameters", 9999, "method: linear"),
+        (DROP, "refit", True, "method: linear"),
+        (DROP, "distill_epochs", 1, "method: linear"),
+        (DROP, "distill_rate", 0.1, "method: linear"),
+        (DROP, "estimator", "wo_wv", "method: linear"),
+        (DROP, "input", "normalized", "method: linear"),
+        (DROP, "dampening_frac", 0.1, "method: linear"),
+        ({"kind": "block"}, "input", "normalized", "kind: attention"),
+        (WEIGHTS, "refit", True, "estimator: lmmse"),
+        (WEIGHTS, "dampening_frac", 0.1, "estimator: lmmse"),
+        ({"layers": [0]}, "selection", "greedy", "give num_layers"),
+        ({"layers": [0]}, "criterion", "loss", "give num_layers"),
+        ({"layers": [0]}, "criterion", "kl", "give num_layers"),
+        ({"layers": [0]}, "max_nmse", 0.5, "give num_layers"),
+        ({"layers": [0]}, "max_perplexity_increase", 0.1, "give num_layers"),
+        ({}, "distill_rate", 0.1, "give distill_epochs"),
+    ],
+)
+def test_what_has_no_effect_is_refused(
+    others: dict[str, Any], name: str, value: Any, remedy: str
+) -> None:
+    fields = {"num_layers": 2} | others
+    if "layers" in others:
+        del fields["num_layers"]
+    written = str(value).lower() if value is True else value
+    with pytest.raises(ValueError, match="has no effect") as caught:
+        NBLModifier(**fields, **{name: value})
+    message = str(caught.value)
+    assert f"so {name} has no effect, got {name}: {written}. Remove it, or " in message
+    assert remedy in message
+    NBLModifier(**fields)  # the others are fine
+
+
+@pytest.mark.parametrize("name", ["start", "end", "update", "index", "initialized_"])
+def test_fields_of_training_schedules_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"no field {name}\. Its fields: num_layers"):
+        NBLModifier(**dict[str, Any]({"num_layers": 1, name: 0}))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kv_cache_reduction": True},
+        {"num_layers": True},
+        {"layers": [True]},
+        {"max_nmse": True},
+        {"num_layers": 1, "dampening_frac": False},
+        {"num_layers": 1, "distill_epochs": True},
+        {"num_layers": 1, "rank": True},
+    ],
+)
+def test_booleans_are_not_numbers(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="true and false are no value") as caught:
+        NBLModifier(**fields)
+    assert list(fields)[-1] in str(caught.value)
+
+
+def test_layers_with_the_preset_leave_nothing_to_choose(
+    folder: Path, rows: Dataset, tmp_path: Path, logged: list[str]
+) -> None:
+    modifier = NBLModifier(layers=[0, 2], preset="best", distill_epochs=0)
+    paper = NBLModifier(layers=[0, 2])
+    assert (modifier.selection, modifier.criterion) == (
+        paper.selection,
+        paper.criterion,
+    )
+    assert modifier.refit
+    # as earlier versions saved it, with what the preset had filled in
+    saved = NBLModifier(
+        layers=[0, 2],
+        preset="best",
+        criterion="loss",
+        selection="greedy",
+        distill_epochs=0,
+    )
+    assert saved.model_dump() == modifier.model_dump()
+    said = [text for text in logged if "is left out" in text]
+    assert [text.partition(":")[0] for text in said] == [
+        "NBLModifier.criterion",
+        "NBLModifier.selection",
+    ]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layers": [0]},
+        DROP,
+        {"kind": "block"},
+        WEIGHTS,
+        {"kind": "block", "method": "drop", "preset": "best"},
+        {"layers": [0], "preset": "best", "distill_epochs": 1},
+    ],
+)
+def test_what_is_saved_holds_nothing_without_effect(fields: dict[str, Any]) -> None:
+    """Saved recipes hold all fields, defaults of the version that saved them too."""
+    fields = fields if "layers" in fields else {"num_layers": 1} | fields
+    modifier = NBLModifier(**fields)
+    saved = {k: v for k, v in modifier.model_dump().items() if v is not None}
+    earlier = {"distill_rate": 0.4} | saved
+    for name in ("initialized_", "finalized_", "started_", "ended_"):
+        earlier.pop(name, None)
+    assert NBLModifier(**earlier).model_dump() == (
+        modifier.model_dump() | {"distill_rate": 0.4}
+    )
 
 
 @pytest.mark.parametrize(
@@ -496,6 +604,7 @@ def test_statistics_serve_every_method_of_their_kind(
         ({"rank": 8}, "normalized", True),
         ({"kind": "block"}, "residual", True),
         ({"method": "drop"}, "residual", False),
+        ({"estimator": "wo_wv"}, "normalized", False),
         ({"estimator": "wo_wv", "input": "normalized"}, "normalized", False),
     ],
 )

@@ -144,6 +144,14 @@ def gptq() -> GPTQModifier:
         ),
         ("{num_layers: 1, targets: [Linear]}", ["targets", "Linear", "self_attn"]),
         ("{num_layers: 1, targets: []}", ["targets", "self_attn"]),
+        (
+            "{max_nmse: 0.5, ignore: ['re:.*']}",
+            ["ignore", "re:.*", "leaves no attention module", "Ignore fewer"],
+        ),
+        ("{num_layers: 1, targets: ['re:(']}", ["targets", "'re:('", "regular expr"]),
+        ("{num_layers: 1, ignore: ['re:[']}", ["ignore", "'re:['", "regular expr"]),
+        ("{kv_cache_reduction: yes}", ["kv_cache_reduction", "got true", "number"]),
+        ("{num_layers: 1, statistics: ''}", ["statistics", "a folder, got ''"]),
         ("{num_layers: 1, criterion: cca}", ["criterion", "cca_bound", "nmse"]),
         ("{num_layers: 1, input: norm}", ["input", "residual", "normalized"]),
         ("{num_layers: 1, dampening_frac: -0.1}", ["dampening_frac", "equal to 0"]),
@@ -155,6 +163,19 @@ def test_recipe_fields(
 ) -> None:
     message = refused(tmp_path, llama, yaml_recipe(fields), rows)
     for word in words:
+        assert word in message, message
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("/dev/null", "File exists"), ("/dev/null/below", "Not a directory")],
+)
+def test_folder_for_statistics_that_cannot_be_one(
+    llama: Path, rows: Dataset, tmp_path: Path, folder: str, reason: str
+) -> None:
+    recipe = NBLModifier(num_layers=1, save_statistics=folder)
+    message = refused(tmp_path, llama, recipe, rows, OSError)
+    for word in (f"NBLModifier.save_statistics: '{folder}'", reason, "Choose another"):
         assert word in message, message
 
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,3 +300,29 @@ def test_other_held_out_windows_are_refused(
         ValueError, match=r"heldout_windows\.safetensors: has been chan"
     ):
         run(None, num_layers=1, criterion="loss", statistics=str(folder))
+
+
+def test_home_is_expanded(
+    run: Run, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(saved.parent))
+    modifier, _ = run(None, num_layers=1, statistics=f"~/{saved.name}")
+    assert modifier.report is not None
+    # kept as it was written, for another home to replay
+    assert modifier.statistics == f"~/{saved.name}"
+
+
+def test_full_disk_is_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses to write more than 9 kB into a file, as a full disk would."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"statistics.*cannot be.*Make room"):
+            run(token_rows(), num_layers=1, save_statistics=str(tmp_path / "s"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list((tmp_path / "s").glob("*.unfinished"))

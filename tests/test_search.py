@@ -482,7 +482,10 @@ def test_refit_helps_a_trained_model() -> None:
     texts = data.stdlib_texts("calibration")
     many = data.pack(texts, demo_tokenizer(), seq_length=256, num_sequences=128)
     layers = [0, 2, 3, 4, 8, 9, 11, 15]
-    _, report = run(DEMO_MODEL, many, layers=layers, criterion="loss", refit=True)
+    names = [f"model.layers.{index}.self_attn" for index in layers]
+    fields: dict[str, Any] = {"criterion": "loss", "refit": True}
+    _, report = run(DEMO_MODEL, many, targets=names, num_layers=8, **fields)
+    assert report.selected_layers == layers
     assert report.heldout is not None
     assert report.heldout.refitted is not None
     assert report.heldout.refitted < 0.99 * report.heldout.replaced

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from . import benchmark, compress, evaluate, generate, rank, report
+from .options import Parser
 
 _DESCRIPTION = """\
 Neural Block Linearization: replace attention layers of a language model by linear
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nbl",
         description=_DESCRIPTION,
         epilog=_EPILOG,

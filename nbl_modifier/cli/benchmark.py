@@ -7,10 +7,9 @@ import argparse
 import json
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sources import positive
+from .options import fraction, path, positive, positive_number, refuse_idle, text
 
 if TYPE_CHECKING:
     from nbl_modifier.benchmark.plan import Grid, Settings
@@ -53,9 +52,25 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("model", metavar="CHECKPOINT", help="the compressed model, a directory or name")
-    add("--baseline", required=True, metavar="MODEL", help="the model before it")
-    add("--output", metavar="DIR", help="write nbl_benchmark.json and a .md there")
+    add(
+        "model",
+        type=path,
+        metavar="CHECKPOINT",
+        help="the compressed model, a directory or name",
+    )
+    add(
+        "--baseline",
+        type=path,
+        required=True,
+        metavar="MODEL",
+        help="the model before it",
+    )
+    add(
+        "--output",
+        type=path,
+        metavar="DIR",
+        help="write nbl_benchmark.json and a .md there",
+    )
     _add_grid_arguments(parser.add_argument_group("what to measure"))
     _add_engine_arguments(parser.add_argument_group("how"))
 
@@ -96,7 +111,7 @@ def _add_grid_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--max-seconds",
-        type=float,
+        type=positive_number,
         default=600.0,
         metavar="S",
         help="leave out what would take longer in one round even at the machine's peak "
@@ -111,7 +126,12 @@ def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
         choices=["vllm", "transformers"],
         help="(default: vllm where it is installed)",
     )
-    add("--dtype", default="auto", help="for both models (default: the checkpoint's)")
+    add(
+        "--dtype",
+        type=text,
+        default="auto",
+        help="for both models (default: the checkpoint's)",
+    )
     add(
         "--attention",
         choices=["sdpa", "eager"],
@@ -142,7 +162,7 @@ def _add_engine_arguments(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--gpu-memory",
-        type=float,
+        type=fraction,
         default=0.9,
         metavar="F",
         help="part of an accelerator's memory that vLLM uses, both models together "
@@ -177,8 +197,10 @@ def run(args: argparse.Namespace) -> None:
         speed_table,
     )
 
+    from .checks import make_folder
+
     grid, settings = _plan(args)
-    folder = _output_folder(args.output)
+    folder = None if args.output is None else make_folder(args.output)
     base, compressed = (
         load_model(name, args.dtype, random_weights=args.random_weights)
         for name in (args.baseline, args.model)
@@ -227,6 +249,7 @@ def _plan(args: argparse.Namespace) -> tuple[Grid, Settings]:
     import torch
 
     accelerated = torch.accelerator.is_available()
+    _refuse_idle(args, engine, accelerated)
     settings = Settings(
         engine=engine,
         attention=value("attention", "sdpa"),
@@ -242,18 +265,17 @@ def _plan(args: argparse.Namespace) -> tuple[Grid, Settings]:
     return grid, settings
 
 
-def _output_folder(output: str | None) -> Path | None:
-    """Make the folder now rather than fail when everything is measured."""
-    if output is None:
-        return None
-    folder = Path(output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise ValueError(
-            f"--output {output}: cannot be made ({err.strerror}). Choose another."
-        ) from err
-    return folder
+def _refuse_idle(args: argparse.Namespace, engine: str, accelerated: bool) -> None:
+    """Refuse options of the engine, or of the machine, that this run is not on."""
+    if engine == "vllm":
+        refuse_idle(args, ["attention"], "in vLLM, which chooses by itself")
+    else:
+        names = ("enforce_eager", "kv_cache_gib", "gpu_memory", "engine_args")
+        refuse_idle(args, names, f"in {engine}, it is of --engine vllm")
+    if accelerated:
+        refuse_idle(args, ["kv_cache_gib"], "on an accelerator, see --gpu-memory")
+    else:
+        refuse_idle(args, ["gpu_memory"], "on a CPU, see --kv-cache-gib")
 
 
 def _progress(text: str) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .options import first_line
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PretrainedConfig
@@ -43,10 +45,10 @@ def check_model(model: str, linearize: bool) -> PretrainedConfig:
     nbl_modifier.hf.register()
     try:
         config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as err:
-        reason = str(err).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
         raise ValueError(
-            f"model {model}: cannot be loaded. Check the path or name. ({reason})"
+            f"model {model}: cannot be loaded. Check the path or name. "
+            f"({first_line(err)})"
         ) from err
     if linearize:
         architecture_of(config.model_type)
@@ -62,12 +64,15 @@ def check_output(output: str, model: str, overwrite: bool) -> None:
     :param overwrite: whether an existing checkpoint may be replaced
     :raises ValueError: if it is not writable, or not empty
     """
+    from nbl_modifier.hf.directories import recover
+
     path = Path(output)
     if path.exists() and Path(model).exists() and path.samefile(model):
         raise ValueError(
             f"--output {output}: is the model itself. Choose another directory."
         )
     check_writable(path)
+    recover(path)
     if not path.exists() or not any(path.iterdir()):
         return
     if not (path / "config.json").is_file():
@@ -138,3 +143,21 @@ def _pieces(ids: Sequence[int], length: int, step: int) -> Iterator[bytes]:
     content, size = numbers.tobytes(), numbers.itemsize
     for start in range(0, len(ids) - length + 1, step):
         yield content[size * start : size * (start + length)]
+
+
+def make_folder(output: str) -> Path:
+    """
+    Make the output folder now rather than fail when everything is measured.
+
+    :param output: the command line's --output
+    :raises ValueError: if it cannot be made, or written in
+    """
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ValueError(
+            f"--output {output}: cannot be made ({err.strerror}). Choose another."
+        ) from err
+    check_writable(folder)
+    return folder

@@ -4,19 +4,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .options import path, positive
 from .probe import BASE, with_probes
 from .processes import part_of, process_group, rank, share_of, world_size
-from .sources import add_data_arguments, add_statistics_arguments, positive
+from .sources import add_data_arguments, add_statistics_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from llmcompressor.recipe import Recipe
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from nbl_modifier.evaluation import PerplexityResult
 
@@ -73,9 +77,21 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="directory or Hugging Face name")
-    add("--recipe", required=True, metavar="FILE", help="llm-compressor recipe, YAML")
-    add("--output", required=True, metavar="DIR", help="directory for the checkpoint")
+    add("model", type=path, metavar="MODEL", help="directory or Hugging Face name")
+    add(
+        "--recipe",
+        type=path,
+        required=True,
+        metavar="FILE",
+        help="llm-compressor recipe, YAML",
+    )
+    add(
+        "--output",
+        type=path,
+        required=True,
+        metavar="DIR",
+        help="directory for the checkpoint",
+    )
     add("--overwrite", action="store_true", help="replace the checkpoint in --output")
     group = parser.add_argument_group("calibration")
     add_data_arguments(group)
@@ -86,6 +102,7 @@ def add_parser(commands: Any) -> None:
 def _add_heldout_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--heldout",
+        type=path,
         metavar="SOURCE",
         help="text for perplexity: 'stdlib', a file, a folder, or 'none' (default: "
         "'stdlib' with --dataset stdlib, else 'none')",
@@ -118,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
 def _announce(plan: Plan) -> None:
     args, rows = plan.args, plan.calibration
     if rows is None:
-        print(f"calibration: statistics in {args.statistics}")
+        print(f"calibration: {_without_data(plan)}")
     else:
         source = args.dataset
         if source == "stdlib":
@@ -132,6 +149,12 @@ def _announce(plan: Plan) -> None:
         print(f"note: {plan.note}")
     if plan.heldout is None:
         print("note: no perplexities, because there is no --heldout text")
+
+
+def _without_data(plan: Plan) -> str:
+    folders = (getattr(each, "statistics", None) for each in plan.recipe.modifiers)
+    found = [folder for folder in folders if folder is not None]
+    return f"statistics in {found[0]}" if found else "the recipe needs no data"
 
 
 def prepare(args: argparse.Namespace) -> Plan:
@@ -150,6 +173,7 @@ def prepare(args: argparse.Namespace) -> Plan:
         calibration_rows,
         heldout_rows,
         load_tokenizer,
+        refuse_idle_data_options,
         sequence_length,
         use_statistics,
     )
@@ -163,11 +187,13 @@ def prepare(args: argparse.Namespace) -> Plan:
 
     has_nbl = any(isinstance(each, NBLModifier) for each in recipe.modifiers)
     config = check_model(args.model, linearize=has_nbl)
+    calibrates = use_statistics(args, recipe)
+    refuse_idle_data_options(args, calibrates)
     seq_length = sequence_length(args, config)
     tokenizer = load_tokenizer(args.model)
     heldout = heldout_rows(args, tokenizer, seq_length)
     calibration = note = None
-    if use_statistics(args, recipe):
+    if calibrates:
         rows = calibration_rows(args, tokenizer, seq_length)
         if heldout is not None:
             note = check_heldout(args.heldout or args.dataset, rows, heldout)
@@ -219,15 +245,16 @@ def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
     count = 0
     if plan.calibration is not None:
         count = share_of(args.num_samples, len(plan.calibration))
-    with products:  # NBLModifier sees to it as well, if there is one
+    # NBLModifier sees to products as well, if there is one
+    with products, _output(plan, model.config) as output:
         oneshot(
             model=model,
             processor=processor,
             dataset=plan.calibration,
             recipe=recipe,
-            output_dir=args.output,
+            output_dir=output,
             num_calibration_samples=count,
-            # packed windows are shuffled already, and the same rows for each modifier
+            # packed windows are shuffled already, and the same for each modifier
             shuffle_calibration_samples=not is_packed(args.dataset),
             batch_size=args.batch_size,
             pipeline=args.pipeline,
@@ -236,3 +263,23 @@ def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
     if plan.heldout is not None and rank() == 0:
         figures[SAVED] = measure(load_model(args.output))
     return figures
+
+
+@contextlib.contextmanager
+def _output(plan: Plan, config: PretrainedConfig) -> Iterator[str]:
+    """
+    Yield where ``oneshot()`` is to save.
+
+    A linearized model changes the directory as a whole by itself. What llm-compressor
+    alone saves would be written over the old files one by one.
+    """
+    from nbl_modifier.hf.checkpoint import is_of_checkpoint
+    from nbl_modifier.hf.configuration_nbl import NBLConfigMixin
+    from nbl_modifier.hf.directories import replaced
+
+    linearized = plan.has_nbl or isinstance(config, NBLConfigMixin)
+    if linearized or world_size() > 1:
+        yield plan.args.output
+        return
+    with replaced(Path(plan.args.output), is_of_checkpoint) as folder:
+        yield str(folder)

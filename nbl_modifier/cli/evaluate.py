@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sources import positive
+from .options import path, positive, refuse_idle
 
 if TYPE_CHECKING:
     from nbl_modifier.evaluation import Comparison, Task, TaskScores
@@ -53,9 +53,15 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="directory or Hugging Face name")
+    add(
+        "checkpoint",
+        type=path,
+        metavar="CHECKPOINT",
+        help="directory or Hugging Face name",
+    )
     add(
         "--baseline",
+        type=path,
         metavar="MODEL",
         help="base model (default: the one named in the checkpoint's nbl_report.json)",
     )
@@ -94,11 +100,13 @@ def add_parser(commands: Any) -> None:
     )
     add(
         "--output",
+        type=path,
         metavar="DIR",
         help=f"folder for {RESULTS_FILE_NAME} (default: the checkpoint's)",
     )
     add(
         "--cache",
+        type=path,
         metavar="DIR",
         help="folder for base models' scores (default: $NBL_CACHE/evaluation, or "
         "nbl_modifier/evaluation in the user's cache)",
@@ -114,6 +122,13 @@ def run(args: argparse.Namespace) -> None:
     :raises ValueError: on bad input; the message says which and what to do
     :raises ImportError: if lm-eval, or vLLM where asked for, is not installed
     """
+    if args.backend == "vllm":
+        refuse_idle(args, ["batch_size"], "with --backend vllm, which batches itself")
+    else:
+        refuse_idle(args, ["max_model_len"], "with --backend hf, it is of vllm")
+    if args.no_cache:
+        refuse_idle(args, ["cache"], "with --no-cache")
+
     from nbl_modifier.evaluation import compare, load_tasks
     from nbl_modifier.evaluation.table import comparison_table
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .options import path, positive, text
 from .workers import require_vllm, run_worker
 
 _DESCRIPTION = """\
@@ -57,23 +58,30 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="directory or Hugging Face name")
+    add(
+        "models",
+        nargs="+",
+        type=path,
+        metavar="MODEL",
+        help="directory or Hugging Face name",
+    )
     add(
         "--prompt",
+        type=text,
         required=True,
         action="append",
         metavar="TEXT",
         help="what to complete; may be given several times",
     )
-    add("--max-tokens", type=int, default=64, metavar="N", help="(default: 64)")
-    add("--dtype", default="auto", help="as in vLLM (default: auto)")
+    add("--max-tokens", type=positive, default=64, metavar="N", help="(default: 64)")
+    add("--dtype", type=text, default="auto", help="as in vLLM (default: auto)")
     add(
         "--max-model-len",
-        type=int,
+        type=positive,
         metavar="N",
         help="context length to serve (default: the model's)",
     )
-    add("--json", metavar="FILE", help="also write the results there")
+    add("--json", type=path, metavar="FILE", help="also write the results there")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -122,8 +130,11 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(
                 f"model {model}: the directory has no config.json. Pass a checkpoint."
             )
-    if args.max_tokens < 1:
-        raise ValueError(f"--max-tokens must be at least 1, got {args.max_tokens}.")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise ValueError(
+            f"--json {args.json}: there is no folder {Path(args.json).parent}. Make it "
+            "first."
+        )
     require_vllm()
 
 

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .options import path
 from .processes import part_of, process_group, rank, share_of
 from .sources import add_data_arguments, add_statistics_arguments
 
@@ -46,9 +47,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=run)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="directory or Hugging Face name")
+    add("model", type=path, metavar="MODEL", help="directory or Hugging Face name")
     add(
         "--output",
+        type=path,
         default="nbl_ranking",
         metavar="DIR",
         help="folder for nbl_ranking.json and nbl_ranking.png (default: nbl_ranking)",
@@ -85,15 +87,20 @@ def run(args: argparse.Namespace) -> None:
     """
     from .logs import show_ours_and_warnings
     from .results import write_plot
-    from .sources import calibration_rows, load_tokenizer, sequence_length
+    from .sources import (
+        calibration_rows,
+        load_tokenizer,
+        refuse_idle_data_options,
+        sequence_length,
+    )
 
     with process_group():
-        from .checks import check_model
+        from .checks import check_model, make_folder
 
+        refuse_idle_data_options(args, calibrates=args.statistics is None)
         if not args.debug:
             show_ours_and_warnings()
-        folder = Path(args.output)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(args.output)
         config = check_model(args.model, linearize=True)
         tokenizer = load_tokenizer(args.model)
         rows = None

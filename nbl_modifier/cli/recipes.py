@@ -31,7 +31,14 @@ def load_recipe(path: str) -> Recipe:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"recipe {path}: no such file. Check the path.")
-    _check_layout(path, _parse(path, file.read_text(encoding="utf-8")))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as err:
+        raise ValueError(
+            f"recipe {path}: is no text ({err.reason} at byte {err.start}). Pass a "
+            ".yaml or .json file."
+        ) from err
+    _check_layout(path, _parse(path, text))
 
     from llmcompressor.recipe import Recipe
     from pydantic import ValidationError
@@ -44,6 +51,12 @@ def load_recipe(path: str) -> Recipe:
         raise ValueError(f"recipe {path}: {_explain_fields(err)}") from err
     except ValueError as err:
         raise ValueError(f"recipe {path}: {err}{_suggest_modifier(str(err))}") from err
+    except (TypeError, AttributeError, KeyError) as err:
+        # a modifier that takes its own values for granted
+        raise ValueError(
+            f"recipe {path}: a modifier cannot take its values ({type(err).__name__}: "
+            f"{err}). Compare them with its documentation."
+        ) from err
 
 
 def _parse(path: str, text: str) -> dict[str, Any]:
@@ -54,7 +67,7 @@ def _parse(path: str, text: str) -> dict[str, Any]:
         """Plain YAML keeps the last of two equal keys and drops the first."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
+            keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
             twice = sorted({key for key in keys if keys.count(key) > 1})
             if twice:
                 raise ValueError(
@@ -71,6 +84,13 @@ def _parse(path: str, text: str) -> dict[str, Any]:
         where = f" in line {mark.line + 1}" if mark else ""
         reason = getattr(err, "problem", None) or err
         raise ValueError(f"recipe {path}: not valid YAML{where}: {reason}.") from err
+    except RecursionError as err:
+        raise ValueError(f"recipe {path}: is nested too deeply. {_LAYOUT}") from err
+    except (ValueError, TypeError, OverflowError) as err:
+        # of a scalar that looks like a date or a number and is none
+        if str(err).startswith("recipe "):
+            raise
+        raise ValueError(f"recipe {path}: not valid YAML: {err}. Quote it.") from err
     if not isinstance(content, dict) or not content:
         raise ValueError(f"recipe {path}: holds no modifiers. {_LAYOUT}")
     return content
@@ -92,12 +112,36 @@ def _check_layout(path: str, content: dict[str, Any]) -> None:
                     f"recipe {path}: {name}.{modifier} has no fields, got {fields!r}. "
                     f"Write '{modifier}: {{}}' to use its defaults."
                 )
+            _check_names(path, f"{name}.{modifier}", modifier, fields)
     if not any(groups.values()):
         raise ValueError(f"recipe {path}: holds no modifiers. {_LAYOUT}")
+    if content.get("args"):
+        raise ValueError(
+            f"recipe {path}: llm-compressor does nothing with 'args', got "
+            f"{content['args']!r}. Remove it."
+        )
 
 
-def _check_key(path: str, key: str, value: Any, ending: str) -> None:
-    if not key.endswith(ending):
+def _check_names(path: str, where: str, modifier: Any, fields: dict[Any, Any]) -> None:
+    """Refuse names that llm-compressor cannot pass on."""
+    for name in (modifier, *fields):
+        if not isinstance(name, str):
+            raise ValueError(
+                f"recipe {path}: {where} has the name {name!r}, which is no text. "
+                "Write the name of a modifier, or of one of its fields."
+            )
+    for name in {"group", "type_", "allow_registered", "allow_experimental"} & {
+        *fields
+    }:
+        raise ValueError(
+            f"recipe {path}: {where}.{name}: llm-compressor sets it itself, got "
+            f"{fields[name]!r}. Remove it; a group is named by the key that ends in "
+            "'_modifiers'."
+        )
+
+
+def _check_key(path: str, key: Any, value: Any, ending: str) -> None:
+    if not (isinstance(key, str) and key.endswith(ending)):
         raise ValueError(
             f"recipe {path}: key '{key}' must end in '{ending}', llm-compressor "
             f"ignores it otherwise. {_LAYOUT}"

@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .options import path
+
 _DESCRIPTION = """\
 Make one HTML page, and the same as Markdown, from the JSON reports in folders: quality
 of checkpoints and of methods, quality against speed and against KV cache, the size of
@@ -40,17 +42,21 @@ def add_parser(commands: Any) -> None:
     add(
         "paths",
         nargs="+",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="checkpoint, or a folder of them; a single JSON file does too",
     )
     add(
         "--output",
-        type=Path,
+        type=_path,
         default=Path("nbl_report.html"),
         metavar="FILE",
         help="page to write; the Markdown goes beside it (default: nbl_report.html)",
     )
+
+
+def _path(value: str) -> Path:
+    return Path(path(value))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -70,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     from nbl_modifier.report.schema import write_atomically
     from nbl_modifier.report.sections import group_sections
 
-    page = args.output.expanduser()
+    page = args.output
     if page.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--output {page}: must end in .html, got {page.suffix!r}.")
     if not page.parent.is_dir():

@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .options import first_line, path, positive, refuse_idle, seed, text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -13,17 +18,22 @@ if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from nbl_modifier.modifier import NBLModifier
+
 _MAX_DEFAULT_SEQ_LENGTH = 2048
 
 
 def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the options that :func:`calibration_rows` reads."""
 
-    def add_number(name: str, default: int | None, text: str) -> None:
-        group.add_argument(name, type=positive, default=default, metavar="N", help=text)
+    def add_number(name: str, default: int | None, meaning: str) -> None:
+        group.add_argument(
+            name, type=positive, default=default, metavar="N", help=meaning
+        )
 
     group.add_argument(
         "--dataset",
+        type=path,
         default="stdlib",
         metavar="SOURCE",
         help="'stdlib' (source code of this Python's standard library; default), a "
@@ -31,13 +41,15 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
         "or 'wikitext' from the hub, each packed into full sequences; or another "
         "dataset name for llm-compressor",
     )
-    for name, text in {
+    for name, meaning in {
         "--dataset-config": "configuration of a named dataset",
         "--split": "split of a named dataset, as in train[:5%%]",
         "--text-column": "column that holds the text (default: text)",
     }.items():
         default = "text" if name == "--text-column" else None
-        group.add_argument(name, default=default, metavar="NAME", help=text)
+        group.add_argument(
+            name, type=text, default=default, metavar="NAME", help=meaning
+        )
     group.add_argument(
         "--concatenate-data",
         action="store_true",
@@ -52,7 +64,7 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     add_number("--batch-size", 1, "sequences per forward pass (default: 1)")
     group.add_argument(
         "--seed",
-        type=int,
+        type=seed,
         default=0,
         metavar="N",
         help="which of the text, in which order (default: 0)",
@@ -70,12 +82,14 @@ def add_statistics_arguments(group: argparse._ArgumentGroup) -> None:
     either = group.add_mutually_exclusive_group()
     either.add_argument(
         "--save-statistics",
+        type=path,
         metavar="DIR",
         help="keep the statistics of every layer there; an interrupted calibration "
         "goes on where it stopped",
     )
     either.add_argument(
         "--statistics",
+        type=path,
         metavar="DIR",
         help="use those of an earlier run instead of calibrating",
     )
@@ -98,6 +112,7 @@ def use_statistics(args: argparse.Namespace, recipe: Recipe) -> bool:
             needs_data |= modifier.requires_calibration_data
             continue
         if args.statistics or args.save_statistics:
+            _refuse_other_folder(args, modifier)
             modifier.statistics = args.statistics
             modifier.save_statistics = args.save_statistics
         needs_data |= modifier.statistics is None or modifier.runs_again
@@ -110,12 +125,58 @@ def use_statistics(args: argparse.Namespace, recipe: Recipe) -> bool:
     return needs_data
 
 
-def positive(text: str) -> int:
-    """Return an option's value as a number that is at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _refuse_other_folder(args: argparse.Namespace, modifier: NBLModifier) -> None:
+    """Refuse a folder of the command line where the recipe names another one."""
+    for name in ("statistics", "save_statistics"):
+        folder = getattr(modifier, name)
+        if folder is not None and folder != getattr(args, name):
+            asked = "statistics" if args.statistics else "save_statistics"
+            raise ValueError(
+                f"--{asked.replace('_', '-')} {getattr(args, asked)}: the recipe has "
+                f"NBLModifier.{name}: {folder} already. Remove one of the two."
+            )
+
+
+def refuse_idle_data_options(args: argparse.Namespace, calibrates: bool) -> None:
+    """
+    Refuse options about data that have no effect on this run.
+
+    :param args: the command line, of ``nbl compress`` or ``nbl rank``
+    :param calibrates: whether the run needs calibration data
+    :raises ValueError: naming the option
+    """
+    from nbl_modifier.data import HUB_TEXTS, is_local
+
+    measures = heldout_source(args) is not None
+    of_names = ("dataset_config", "split")
+    if not calibrates:
+        why = "where no calibration data are needed"
+        if args.statistics:
+            why = f"with --statistics {args.statistics}, which stand for the data"
+        names = ("dataset", *of_names, "concatenate_data", "num_samples")
+        others = ("text_column", "max_seq_length", "batch_size")
+        refuse_idle(args, names if measures else (*names, *others), why)
+    why = f"with --dataset {args.dataset}"
+    if is_local(args.dataset):
+        refuse_idle(args, of_names, f"{why}, which is no dataset of the hub")
+    if is_local(args.dataset) or args.dataset in HUB_TEXTS:
+        refuse_idle(
+            args, ["concatenate_data"], f"{why}, which is always packed into sequences"
+        )
+    sources = [args.dataset] if calibrates else []
+    sources += [heldout_source(args) or args.dataset]
+    if not any(map(_may_have_columns, sources)):
+        refuse_idle(args, ["text_column"], f"{why}, which has no columns to choose")
+    if not measures:
+        refuse_idle(args, ["heldout_samples"], "without --heldout text")
+
+
+def _may_have_columns(source: str) -> bool:
+    from nbl_modifier.data import HUB_TEXTS, STDLIB, is_local, is_table
+
+    if not is_local(source):
+        return source not in HUB_TEXTS
+    return source != STDLIB and (Path(source).is_dir() or is_table(source))
 
 
 def sequence_length(args: argparse.Namespace, config: PretrainedConfig) -> int:
@@ -149,11 +210,10 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as err:
-        reason = str(err).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as err:
         raise ValueError(
             f"model {model}: has no tokenizer that can be loaded. Add its tokenizer "
-            f"files. ({reason})"
+            f"files. ({first_line(err)})"
         ) from err
 
 
@@ -162,17 +222,25 @@ def load_model(model: str) -> PreTrainedModel:
     Return a model, linearized or not, in its own dtype, on the accelerator if any.
 
     :param model: directory or Hugging Face name
+    :raises ValueError: if its weights are damaged
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     import nbl_modifier.hf
 
     nbl_modifier.hf.register()
     device_map = "auto" if torch.accelerator.is_available() else None
-    return AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto", device_map=device_map
-    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model, dtype="auto", device_map=device_map
+        )
+    except SafetensorError as err:
+        raise ValueError(
+            f"model {model}: its weights cannot be read ({first_line(err)}). Copy or "
+            "make it again."
+        ) from err
 
 
 def calibration_rows(
@@ -190,20 +258,29 @@ def calibration_rows(
     """
     from nbl_modifier.data import calibration_windows
 
-    texts = _calibration_texts(args)
-    if texts is not None:
-        try:
+    with _naming("--dataset", args.dataset):
+        texts = _calibration_texts(args)
+        if texts is not None:
             return calibration_windows(
                 texts, tokenizer, seq_length, args.num_samples, args.seed
             )
-        except ValueError as err:
-            raise ValueError(f"--dataset {args.dataset}: {err}") from err
     rows = _named_dataset(args, tokenizer, seq_length)
     if len(rows) == 0:
         raise ValueError(
             f"--dataset {args.dataset}: is empty. Pass another --split or dataset."
         )
     return rows
+
+
+@contextlib.contextmanager
+def _naming(option: str, source: str) -> Iterator[None]:
+    """Have errors about a source say which option named it."""
+    try:
+        yield
+    except (ValueError, OSError) as err:
+        kind = FileNotFoundError if isinstance(err, FileNotFoundError) else ValueError
+        said = str(err).removeprefix(f"dataset {source}: ")
+        raise kind(f"{option} {source}: {said}") from err
 
 
 def _calibration_texts(args: argparse.Namespace) -> Iterable[str] | None:
@@ -245,11 +322,25 @@ def _named_dataset(
             f"llm-compressor knows by name. It knows {names}."
         ) from err
     except (OSError, ValueError) as err:
-        reason = str(err).strip().splitlines()[0]
         raise ValueError(
             f"--dataset {args.dataset}: llm-compressor cannot load it. Check the "
-            f"network, --dataset-config, --split and --text-column. ({reason})"
+            "network, --dataset-config, --split and --text-column. "
+            f"({first_line(err)})"
         ) from err
+
+
+def heldout_source(args: argparse.Namespace) -> str | None:
+    """
+    Return what perplexity is measured on, or None if it is not.
+
+    :param args: the command line; that of ``nbl rank`` has no such option
+    """
+    from nbl_modifier.data import STDLIB
+
+    source: str | None = getattr(args, "heldout", "none")
+    if source is None:
+        source = STDLIB if args.dataset == STDLIB else "none"
+    return None if source == "none" else source
 
 
 def heldout_rows(
@@ -266,18 +357,14 @@ def heldout_rows(
     """
     from nbl_modifier.data import STDLIB, is_local, load_texts, pack
 
-    source = args.heldout
+    source = heldout_source(args)
     if source is None:
-        source = STDLIB if args.dataset == STDLIB else "none"
-    if source == "none":
         return None
     if not is_local(source):
         raise ValueError(
             f"--heldout {source}: no such file or folder. Pass '{STDLIB}', a text "
             "file, a folder of text files, or 'none'."
         )
-    texts = load_texts(source, "heldout", args.text_column)
-    try:
+    with _naming("--heldout", source):
+        texts = load_texts(source, "heldout", args.text_column)
         return pack(texts, tokenizer, seq_length, args.heldout_samples)
-    except ValueError as err:
-        raise ValueError(f"--heldout {source}: {err}") from err

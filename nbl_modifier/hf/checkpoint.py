@@ -9,11 +9,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from fnmatch import fnmatchcase
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file
 
@@ -25,6 +27,7 @@ from .configuration_nbl import (
     config_class,
     nbl_config_block,
 )
+from .directories import is_interrupted, recover, replaced
 from .modeling_nbl import model_class
 from .shortening import (
     DROPPED_BLOCKS,
@@ -33,9 +36,27 @@ from .shortening import (
     renumbered,
 )
 
-__all__ = ["check_output_directory", "convert_in_place", "publish_on_save"]
+__all__ = [
+    "check_output_directory",
+    "convert_in_place",
+    "is_of_checkpoint",
+    "publish_on_save",
+]
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# Of an earlier checkpoint, not of whoever keeps notes beside it.
+_DESCRIPTION = ("config.json", "generation_config.json", "recipe.yaml", "README.md")
+# What was measured on its weights says nothing about the new ones.
+_MEASURED = (
+    *("nbl_report.json", "nbl_evaluation.json", "nbl_measurements.json"),
+    *("nbl_benchmark.json", "nbl_benchmark.md", "nbl_ranking.json", "nbl_ranking.png"),
+)
+# Whatever a tokenizer or processor of transformers writes.
+_TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*"),
+    *("merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken"),
+    *("chat_template*", "additional_chat_templates", "*processor_config.json"),
+)
 # What transformers needs to load a checkpoint; torch and transformers are all that it
 # imports.
 _MODELLING_CODE = (
@@ -44,9 +65,6 @@ _MODELLING_CODE = (
     Path(__file__).with_name("configuration_nbl.py"),
     Path(__file__).with_name("modeling_nbl.py"),
 )
-# Inside the target rather than beside it: files can be moved out of it in one step even
-# where the target is a mount point, and the directory above need not be writable.
-_STAGING = ".nbl-incomplete"
 
 
 def convert_in_place(
@@ -88,7 +106,8 @@ def check_output_directory(
     Refuse a directory that cannot be written or holds another model.
 
     An earlier checkpoint of the same family may be written over, linearized or with
-    blocks dropped.
+    blocks dropped. One that was complete, but not yet in its place when its run was
+    killed, is put there first.
 
     :param directory: where a checkpoint is to be written; need not exist
     :param architecture: the family of the model to be written
@@ -107,10 +126,10 @@ def check_output_directory(
             f"output directory {path}: cannot write to {existing}. Choose another "
             "directory, or change its permissions."
         )
+    recover(path)
     has_config = (path / CONFIG_NAME).exists()
-    # Weights beside a staging directory are what a killed save left.
     has_weights = any(any(path.glob(pattern)) for pattern in _WEIGHTS)
-    if not has_config and (not has_weights or (path / _STAGING).is_dir()):
+    if not has_config and (not has_weights or is_interrupted(path)):
         return
     config: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -136,11 +155,11 @@ def publish_on_save(
     """
     Make ``model.save_pretrained`` write what was made, whole or not at all.
 
-    The checkpoint is written to a hidden directory inside the target and moved up when
-    it is complete. Until the very last step its ``config.json`` lacks the
-    ``nbl_config`` block, without which nothing loads it, so that a run killed at any
-    moment leaves no directory that loads. Wraps llm-compressor's own wrapper, which
-    compresses.
+    The checkpoint is written to a hidden directory, which takes the target's place when
+    it is complete (:func:`nbl_modifier.hf.directories.replaced`). Until the very last
+    step its ``config.json`` lacks the ``nbl_config`` block, without which nothing loads
+    it. A run that is killed at any moment leaves what was there before, or the new
+    checkpoint. Wraps llm-compressor's own wrapper, which compresses.
 
     :param model: the causal language model, with layers replaced
     :param architecture: its family
@@ -163,22 +182,23 @@ def publish_on_save(
                 "are complete. Use model.push_to_hub(...) instead."
             )
         before()
-        staging = target / _STAGING
-        if is_source_process():
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
-        try:
+        if not is_source_process():  # gathers weights, writes nothing
             with _unfinished_config(model.config, architecture):
+                inner(str(target), *args, **kwargs)
+            return
+        with replaced(target, is_of_checkpoint) as staging:
+            with (
+                _unfinished_config(model.config, architecture),
+                _full_disk_named(target),
+            ):
                 inner(str(staging), *args, **kwargs)
-            if is_source_process():
-                content = _finished_config(staging, model.config, architecture)
-                if isinstance(model.config, NBLConfigMixin):
-                    _copy_modelling_code(staging)
-                extra_files(staging)
-                _move_into_place(staging, target, content)
-        finally:
-            if is_source_process():
-                shutil.rmtree(staging, ignore_errors=True)
+            content = _finished_config(staging, model.config, architecture)
+            if isinstance(model.config, NBLConfigMixin):
+                _copy_modelling_code(staging)
+            extra_files(staging)
+            finished = staging / f"{CONFIG_NAME}.finished"
+            finished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+            finished.replace(staging / CONFIG_NAME)
 
     # llm-compressor wraps what does not carry this mark; a later oneshot() on this
     # model must not wrap it again and rewrite config.json after it.
@@ -290,16 +310,38 @@ def _copy_modelling_code(directory: Path) -> None:
         (directory / source.name).write_text(text, encoding="utf-8")
 
 
-def _move_into_place(staging: Path, target: Path, config: dict[str, Any]) -> None:
-    # While files are exchanged the directory must not load: config.json goes first
-    # and comes last. Shards of an earlier, larger checkpoint must not stay behind.
-    (target / CONFIG_NAME).unlink(missing_ok=True)
-    for pattern in _WEIGHTS:
-        for stale in target.glob(pattern):
-            stale.unlink()
-    for path in staging.iterdir():
-        if path.name != CONFIG_NAME:
-            path.replace(target / path.name)
-    finished = staging / f"{CONFIG_NAME}.finished"
-    finished.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    finished.replace(target / CONFIG_NAME)
+def is_of_checkpoint(path: Path, new: Collection[str]) -> bool:
+    """
+    Return whether an entry of the directory belongs to the checkpoint written over.
+
+    A tokenizer does if the new checkpoint brings its own. If it brings none,
+    ``tokenizer.save_pretrained`` may have been called before the model's.
+
+    :param path: the entry
+    :param new: names of the entries of the new checkpoint
+    """
+
+    def matches(name: str, patterns: Iterable[str]) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    code = (source.name for source in _MODELLING_CODE)
+    if path.is_file() and matches(
+        path.name, (*_WEIGHTS, *_MEASURED, *_DESCRIPTION, *code)
+    ):
+        return True
+    brings_tokenizer = any(matches(name, _TOKENIZER) for name in new)
+    return brings_tokenizer and matches(path.name, _TOKENIZER)
+
+
+@contextlib.contextmanager
+def _full_disk_named(target: Path) -> Iterator[None]:
+    """Have an error that says where there is no room, which safetensors' does not."""
+    try:
+        yield
+    except SafetensorError as err:
+        free = shutil.disk_usage(target.parent).free
+        raise OSError(
+            f"output directory {target}: the weights cannot be written ({err}), "
+            f"{free / 1e9:.2f} GB are free. What was there is kept. Make room, or "
+            "choose another directory."
+        ) from err

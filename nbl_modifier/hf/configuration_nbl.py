@@ -7,6 +7,7 @@ copied beside checkpoints that load with ``trust_remote_code=True``.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
 
@@ -20,6 +21,8 @@ __all__ = ["FORMAT_VERSION", "LinearizedLayer", "NBLConfigMixin", "config_class"
 #: Version of the ``nbl_config`` block; a reader refuses a newer one.
 FORMAT_VERSION = 1
 
+# "7" but not "07", " 7" or "7.0": two keys must not be one layer
+_LAYER = re.compile("0|-?[1-9][0-9]{0,8}")
 _WRITTEN_BY_ANOTHER = (
     "The checkpoint was written by a newer nbl_modifier, or edited; upgrade with "
     "`pip install -U nbl-modifier`."
@@ -60,7 +63,7 @@ class LinearizedLayer:
             if getattr(self, field) not in allowed:
                 raise ValueError(
                     f"nbl_config: {field} must be one of {allowed}, got "
-                    f"{getattr(self, field)!r}. {_WRITTEN_BY_ANOTHER}"
+                    f"{getattr(self, field)!r:.200}. {_WRITTEN_BY_ANOTHER}"
                 )
         if self.rank is not None and (type(self.rank) is not int or self.rank < 1):
             raise ValueError(
@@ -86,7 +89,12 @@ class LinearizedLayer:
         :param entry: its fields; what an earlier version did not write has its default
         :raises ValueError: if there is a field or value that this version does not know
         """
-        unknown = sorted(set(entry) - {field.name for field in fields(cls)})
+        if not isinstance(entry, dict):
+            raise ValueError(
+                f"nbl_config: a layer must be described by fields, got {entry!r}. "
+                f"{_WRITTEN_BY_ANOTHER}"
+            )
+        unknown = sorted(map(str, set(entry) - {field.name for field in fields(cls)}))
         if unknown:
             raise ValueError(
                 f"nbl_config: a layer has the unknown field {', '.join(unknown)}. "
@@ -110,8 +118,8 @@ class NBLConfigMixin:
         """
         Return the linearized layers by decoder layer index, in order.
 
-        :raises ValueError: if the block is missing, of a newer format, or names a layer
-            that the model does not have
+        :raises ValueError: if the block is missing, damaged, of a newer format, or does
+            not fit the model
         """
         block = self.nbl_config
         if block is None:
@@ -119,17 +127,9 @@ class NBLConfigMixin:
                 "config.json has no `nbl_config` block, which names the linearized "
                 "layers. The checkpoint is damaged; write it again with nbl_modifier."
             )
-        if block["version"] > FORMAT_VERSION:
-            raise ValueError(
-                f"nbl_config: format version {block['version']} is newer than "
-                f"{FORMAT_VERSION}, the newest this nbl_modifier reads. Upgrade with "
-                "`pip install -U nbl-modifier`."
-            )
+        entries = _checked_entries(block)
         layers = {
-            int(index): LinearizedLayer.from_entry(entry)
-            for index, entry in sorted(
-                block["layers"].items(), key=lambda item: int(item[0])
-            )
+            index: LinearizedLayer.from_entry(entries[index]) for index in entries
         }
         text: Any = self.get_text_config()  # type: ignore[attr-defined]
         num_layers: int = text.num_hidden_layers
@@ -137,9 +137,43 @@ class NBLConfigMixin:
         if outside:
             raise ValueError(
                 f"nbl_config: layers {outside} do not exist, the model has layers 0 to "
-                f"{num_layers - 1}."
+                f"{num_layers - 1}. {_WRITTEN_BY_ANOTHER}"
             )
+        for index, layer in layers.items():
+            if layer.rank is not None and layer.rank > text.hidden_size:
+                raise ValueError(
+                    f"nbl_config: layer {index} has rank {layer.rank}, more than the "
+                    f"hidden size of {text.hidden_size}. {_WRITTEN_BY_ANOTHER}"
+                )
         return layers
+
+
+def _checked_entries(block: Any) -> dict[int, Any]:
+    """Return what the block says of each layer, by index, in order."""
+    if not isinstance(block, dict):
+        raise ValueError(
+            f"nbl_config: must hold fields, got {block!r}. {_WRITTEN_BY_ANOTHER}"
+        )
+    version, entries = block.get("version"), block.get("layers")
+    if type(version) is not int or version < 1:
+        raise ValueError(
+            f"nbl_config: version must be an integer >= 1, got {version!r}. "
+            f"{_WRITTEN_BY_ANOTHER}"
+        )
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"nbl_config: format version {version} is newer than {FORMAT_VERSION}, the "
+            "newest this nbl_modifier reads. Upgrade with "
+            "`pip install -U nbl-modifier`."
+        )
+    if not isinstance(entries, dict) or not all(
+        map(_LAYER.fullmatch, map(str, entries))
+    ):
+        raise ValueError(
+            "nbl_config: layers must hold a description by layer number, got "
+            f"{entries!r:.200}. {_WRITTEN_BY_ANOTHER}"
+        )
+    return {int(key): entries[key] for key in sorted(entries, key=int)}
 
 
 def nbl_config_block(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ def collect(paths: Sequence[Path]) -> list[ModelGroup]:
     :param paths: folders, searched with all their subfolders, or single files
     :return: one group per base model, in order of names
     :raises FileNotFoundError: if a path does not exist
-    :raises ValueError: if there is no report in a path, or a file cannot be read
+    :raises ValueError: if there is no report in a path, a file cannot be read, or is
+        older than the checkpoint it is about
     """
     files = {file.resolve(): file for path in paths for file in _files(path)}
     reports = {
@@ -95,9 +96,12 @@ def collect(paths: Sequence[Path]) -> list[ModelGroup]:
     measurements: list[Measurement] = []
     for directory, report in reports.items():
         measurements += report_measurements(str(directory), report)
+    created = {_identity(str(path)): report.created for path, report in reports.items()}
     for file in files.values():
         if file.name in _MEASUREMENT_READERS:
-            measurements += _MEASUREMENT_READERS[file.name](file)
+            found = _MEASUREMENT_READERS[file.name](file)
+            _refuse_older(file, found, created)
+            measurements += found
     metrics: dict[str, dict[str, Metric]] = {}
     for measurement in measurements:
         own = metrics.setdefault(_identity(measurement.model), {})
@@ -132,6 +136,20 @@ def collect(paths: Sequence[Path]) -> list[ModelGroup]:
         )
         for key in sorted(bases)
     ]
+
+
+def _refuse_older(
+    file: Path, found: Sequence[Measurement], created: Mapping[str, str]
+) -> None:
+    """Refuse figures of a checkpoint that another one has been written over."""
+    for measurement in found:
+        made = created.get(_identity(measurement.model))
+        if made and measurement.created and measurement.created < made:
+            raise ValueError(
+                f"{file}: measured at {measurement.created}, but {measurement.model} "
+                f"was made at {made}, so these are figures of what was there before. "
+                "Measure again, or remove the file."
+            )
 
 
 def _group(
@@ -175,7 +193,12 @@ def _files(path: Path) -> list[Path]:
     files = (
         [path]
         if path.is_file()
-        else sorted(file for name in _FILE_NAMES for file in path.rglob(name))
+        else sorted(
+            file
+            for name in _FILE_NAMES
+            for file in path.rglob(name)
+            if not _is_hidden(file.relative_to(path))
+        )
     )
     if not files or any(file.name not in _FILE_NAMES for file in files):
         raise ValueError(
@@ -183,6 +206,11 @@ def _files(path: Path) -> list[Path]:
             "nbl compress writes the first beside the weights."
         )
     return files
+
+
+def _is_hidden(file: Path) -> bool:
+    """Return whether a folder above it is, such as that of a save that was killed."""
+    return any(part.startswith(".") for part in file.parts)
 
 
 def _identity(model: str) -> str:

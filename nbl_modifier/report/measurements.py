@@ -95,11 +95,13 @@ class Measurement:
     :param model: directory or Hugging Face name
     :param baseline: the base model it is compared with, None for a base model
     :param metrics: by name, such as the task's
+    :param created: when, UTC time, ISO 8601; None where it is not known
     """
 
     model: str
     baseline: str | None
     metrics: dict[str, Metric]
+    created: str | None = None
 
 
 def load_measurements(path: Path) -> list[Measurement]:
@@ -150,7 +152,9 @@ def evaluation_measurements(path: Path) -> list[Measurement]:
         baseline = fields["baseline"]
         return [
             Measurement(baseline, None, base),
-            Measurement(fields["checkpoint"], baseline, compressed),
+            Measurement(
+                fields["checkpoint"], baseline, compressed, fields.get("created")
+            ),
         ]
     except (KeyError, TypeError, ValueError) as err:
         raise ValueError(
@@ -187,7 +191,10 @@ def benchmark_measurements(path: Path) -> list[Measurement]:
     # by definition, so that the base model has its place in the figures
     same = dict.fromkeys(metrics, Metric(1.0, 0.0, "speed_ratio"))
     base, compressed = report.base.name, report.compressed.name
-    return [Measurement(base, None, same), Measurement(compressed, base, metrics)]
+    return [
+        Measurement(base, None, same),
+        Measurement(compressed, base, metrics, report.created),
+    ]
 
 
 def _standard_error(values: Sequence[float]) -> float | None:

@@ -114,3 +114,13 @@ def test_heldout_text_of_which_a_part_is_calibrated_on_is_told() -> None:
     # a phrase in common is no such part
     assert check_heldout("a.txt", text, rows_of(range(165, 265))) is None
     assert check_heldout("a.txt", text, rows_of(range(300, 310))) is None
+
+
+def test_what_a_killed_run_had_finished_is_a_checkpoint(tmp_path: Path) -> None:
+    complete = tmp_path / "out" / ".nbl-complete"
+    complete.mkdir(parents=True)
+    (complete / "config.json").write_text("{}")
+    (complete / ".nbl-stale.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"holds a checkpoint.*--overwrite"):
+        check_output(str(tmp_path / "out"), str(MODEL), overwrite=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]

@@ -43,7 +43,8 @@ def compress(
     """Run the command on the bundled model."""
     output = folder / "checkpoint"
     arguments = ["compress", MODEL, "--recipe", recipe, "--output", str(output)]
-    assert main([*arguments, *SMALL, *HELDOUT, *options]) == 0
+    heldout = [] if "--dataset" in options else HELDOUT
+    assert main([*arguments, *SMALL, *heldout, *options]) == 0
     return Run(output, capsys.readouterr().out)
 
 
@@ -303,3 +304,23 @@ def test_shorter_model_needs_no_package(
     )
     again = ["compress", MODEL, "--recipe", str(recipe), *SMALL]
     assert main([*again, "--output", str(made.output), "--overwrite"]) == 0
+
+
+def test_overwrite_without_nbl_leaves_nothing_of_the_old_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llm-compressor saves this one, file by file over what is there."""
+    first = compress(tmp_path, RECIPE, capsys)
+    (first.output / "nbl_evaluation.json").write_text("{}")
+    (first.output / "notes.txt").write_text("precious")
+    recipe = tmp_path / "recipe.yaml"
+    fields = "{targets: [Linear], scheme: W8A8, ignore: [lm_head]}"
+    recipe.write_text(
+        f"default_stage: {{default_modifiers: {{QuantizationModifier: {fields}}}}}\n"
+    )
+    arguments = ["compress", MODEL, "--recipe", str(recipe), *HELDOUT]
+    assert main([*arguments, "--output", str(first.output), "--overwrite"]) == 0
+    names = {path.name for path in first.output.iterdir()}
+    assert not {name for name in names if name.startswith("nbl_")}
+    assert not list(first.output.glob("*.py"))
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "notes.txt"}

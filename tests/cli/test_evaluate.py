@@ -113,7 +113,6 @@ def test_results_are_beside_the_checkpoint_by_default(
     ("options", "message"),
     [
         (["--baseline", "{models}/missing"], "missing: no such directory"),
-        (["--baseline", ""], "has no nbl_report.json that names its base model"),
         (["--tasks", "nbl_stdlib_recal"], "task nbl_stdlib_recal: lm-eval has none"),
         (["--output", "/proc/nowhere"], "--output /proc/nowhere: cannot write"),
     ],
@@ -133,6 +132,14 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     options = [option.replace("{models}", folder) for option in options]
     assert evaluate(models, *options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_checkpoint_without_a_report_names_no_base_model(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(models[1]), *SMALL]) == 2
+    said = capsys.readouterr().err
+    assert "has no nbl_report.json that names its base model. Pass --baseline" in said
 
 
 def test_backend_vllm_says_where_to_run_it(

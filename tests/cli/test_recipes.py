@@ -117,6 +117,24 @@ def test_missing_file(tmp_path: Path) -> None:
         (in_group("[NBLModifier]"), "'default_modifiers' must hold keys and values"),
         # AttributeError in llm-compressor
         (in_group("{NBLModifier: }"), "NBLModifier has no fields.*'NBLModifier: {}'"),
+        # TypeError in llm-compressor
+        ("1: {a_modifiers: {}}", "key '1' must end in '_stage'"),
+        ("a_stage: {2: {}}", "key '2' must end in '_modifiers'"),
+        (in_group("{3: {}}"), "name 3, which is no text"),
+        (in_group("{NBLModifier: {4: 1}}"), "NBLModifier has the name 4"),
+        (in_group("{NBLModifier: {[4]: 1}}"), "not valid YAML"),
+        (
+            in_group("{NBLModifier: {num_layers: 1, group: mine}}"),
+            "NBLModifier.group: llm-compressor sets it.*got 'mine'. Remove it",
+        ),
+        (in_group("{NBLModifier: {num_layers: 2020-99-99}}"), "not valid YAML: month"),
+        ("[" * 5000, "nested too deeply|not valid YAML"),
+        ("{? {a: 1} : 2}", "not valid YAML"),
+        # llm-compressor does nothing with it
+        (
+            in_group("{NBLModifier: {num_layers: 1}}") + "args: {a: 1}\n",
+            "nothing with 'args'.*Remove it",
+        ),
         # llm-compressor keeps the last one only
         (
             in_group("{NBLModifier: {num_layers: 1}, NBLModifier: {num_layers: 2}}"),
@@ -164,3 +182,17 @@ def test_wrong_fields_are_one_line_with_the_remedy(
         load_recipe(path)
     assert str(error.value).startswith(f"recipe {path}: ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x80" * 99, bytes(range(256))])
+def test_binary_file_is_no_recipe(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^recipe .*is no text.*Pass a \.yaml"):
+        load_recipe(str(path))
+
+
+def test_modifier_that_takes_its_values_for_granted(tmp_path: Path) -> None:
+    path = write(tmp_path, in_group("{SmoothQuantModifier: {mappings: [1]}}"))
+    with pytest.raises(ValueError, match=r"^recipe .*mappings|cannot take its values"):
+        load_recipe(path)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,12 +28,14 @@ import nbl_modifier.hf
 from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.hf.checkpoint import check_output_directory
+from nbl_modifier.report.collect import _FILE_NAMES
 from nbl_modifier.report.schema import NBLReport
 from tests.tiny_llama import (
     FOUR_BITS,
     VOCAB_SIZE,
     Model,
     compress,
+    demo_tokenizer,
     linearized,
     load,
     logits_of,
@@ -367,19 +371,72 @@ def loads(folder: Path) -> bool:
     return True
 
 
-def test_failed_save_leaves_nothing_that_loads(
+def test_save_that_fails_at_the_end_keeps_the_old_checkpoint(
     llama: Path, rows: Dataset, tmp_path: Path
 ) -> None:
     model = linearize(llama, rows)
     out = tmp_path / "out"
     model.save_pretrained(out)
-    assert loads(out)
     (out / "README.md").unlink()
     (out / "README.md").mkdir()  # cannot be replaced by a file
-    with pytest.raises(OSError, match=r"README\.md"):
+    with pytest.raises(OSError, match=r"README\.md is a directory"):
         model.save_pretrained(out)
-    assert not loads(out)
-    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert loads(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_full_disk_is_named_and_keeps_the_old_checkpoint(
+    llama: Path, rows: Dataset, tmp_path: Path
+) -> None:
+    """The system refuses to write more than 20 kB into a file, as a full disk would."""
+    model = linearize(llama, rows)
+    out = tmp_path / "out"
+    model.save_pretrained(out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"directory .*out: .* GB are free.*room"):
+            model.save_pretrained(out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- what an earlier checkpoint leaves behind -----------------------------------------
+
+
+def test_nothing_of_an_earlier_checkpoint_stays(
+    llama: Path, rows: Dataset, tmp_path: Path
+) -> None:
+    """Scores of the old weights would be shown as the new ones'."""
+    out = tmp_path / "out"
+    linearize(llama, rows, output_dir=str(out))
+    old = {path.name for path in out.iterdir()}
+    measured = {*_FILE_NAMES, "nbl_benchmark.md", "nbl_ranking.png"}
+    tokenizer = {"added_tokens.json", "chat_template.jinja", "vocab.json"}
+    for name in measured | tokenizer:
+        (out / name).write_text("{}")
+    (out / "notes.txt").write_text("precious")
+    linearize(llama, rows, output_dir=str(out))
+    assert {path.name for path in out.iterdir()} == old | {"notes.txt"}
+    NBLReport.load(out / "nbl_report.json")  # the new one
+
+
+def test_tokenizer_that_was_saved_before_the_model_stays(
+    llama: Path, rows: Dataset, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    model = linearize(llama, rows)
+    demo_tokenizer().save_pretrained(out)
+    names = {path.name for path in out.iterdir()}
+    assert "tokenizer.json" in names
+    model.save_pretrained(out)
+    model.save_pretrained(out)
+    assert names < {path.name for path in out.iterdir()}
 
 
 def test_save_that_fails_early_keeps_the_old_checkpoint(
@@ -408,7 +465,7 @@ def test_base_models_config_is_never_published(
     monkeypatch.setattr(compressed_tensors_utils, "resave_config", resave)
     with pytest.raises(RuntimeError, match="model_type 'llama'"):
         model.save_pretrained(tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_killed_save_can_be_repeated(
@@ -426,7 +483,13 @@ def test_killed_save_can_be_repeated(
     assert len(list(out.glob("*.safetensors"))) == 1
 
 
-SCENARIOS = ("new", "packed", "overwrite")
+# what the target may load as after a kill, by scenario: each of it was met
+SCENARIOS = {
+    "new": {"nothing", "new"},
+    "packed": {"nothing", "new"},
+    "overwrite": {"old", "new"},
+    "inside": {"old", "new"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -448,12 +511,11 @@ def kills(
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_kill_at_any_moment(kills: dict[str, dict[str, Any]], scenario: str) -> None:
-    """Every directory, after every kill: not loadable, or one complete checkpoint."""
+    """Every directory, after every kill: what it was before, or the new checkpoint."""
     result = kills[scenario]
     assert result["wrong"] == []
     # before each of the files is opened, renamed or removed
     assert result["kills"] > 15
+    assert sum(result["seen"].values()) == result["kills"]
     assert result["finished"] == "new"
-    # nothing, the new one and, where there was one, the old one: each was met
-    expected = {None, "new"} | ({"old"} if scenario == "overwrite" else set())
-    assert set(result["seen"]) == expected
+    assert set(result["seen"]) == SCENARIOS[scenario]

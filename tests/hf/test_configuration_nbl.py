@@ -156,3 +156,39 @@ def test_base_class_is_untouched() -> None:
     assert not hasattr(LlamaConfig(), "nbl_config")
     assert isinstance(make_config(), PreTrainedConfig)
     assert LlamaConfig().model_type == "llama"
+
+
+ENTRY = {"input": "residual", "kind": "attention", "method": "linear", "rank": None}
+HOSTILE_BLOCKS: list[tuple[Any, str]] = [
+    ("a text", "must hold fields, got 'a text'"),
+    ([], "must hold fields"),
+    (7, "must hold fields"),
+    ({}, "version must be an integer >= 1, got None"),
+    ({"layers": {}}, "version must be an integer >= 1, got None"),
+    ({"version": "1", "layers": {}}, "version must be .* got '1'"),
+    ({"version": True, "layers": {}}, "version must be .* got True"),
+    ({"version": 0, "layers": {}}, "version must be .* got 0"),
+    ({"version": 1}, "layers must hold a description by layer number, got None"),
+    ({"version": 1, "layers": [0]}, "layers must hold"),
+    ({"version": 1, "layers": {"first": ENTRY}}, "layers must hold .*first"),
+    ({"version": 1, "layers": {"0": ENTRY, "00": ENTRY}}, "layers must hold"),
+    ({"version": 1, "layers": {"1" * 5000: ENTRY}}, "layers must hold"),
+    ({"version": 1, "layers": {"0": None}}, "described by fields, got None"),
+    ({"version": 1, "layers": {"0": "linear"}}, "described by fields, got 'linear'"),
+    ({"version": 1, "layers": {"0": ENTRY | {"kind": []}}}, "kind must be one of"),
+    ({"version": 1, "layers": {"0": ENTRY | {"rank": 33}}}, "layer 0 has rank 33.* 32"),
+]
+
+
+@pytest.mark.parametrize(("block", "message"), HOSTILE_BLOCKS)
+def test_hostile_block_is_named(block: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        make_config(nbl_config=block).linearized_layers()
+    assert str(error.value).startswith("nbl_config: ")
+    assert "pip install -U nbl-modifier" in str(error.value)
+
+
+def test_rank_of_the_hidden_size_is_read() -> None:
+    block = nbl_config_block({0: LinearizedLayer(rank=32)})
+    config = make_config(nbl_config=block)
+    assert config.linearized_layers()[0].rank == 32

@@ -93,3 +93,22 @@ def test_no_report_is_an_error_that_says_what_one_is(tmp_path: Path, name: str) 
 def test_missing_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         collect([tmp_path / "nowhere"])
+
+
+def test_figures_of_what_was_there_before_are_refused(tmp_path: Path) -> None:
+    """Measured elsewhere, and the checkpoint written over since."""
+    later = "2026-01-02T03:04:06+00:00"
+    write_checkpoint(tmp_path / "a", [2], created=later)
+    path = tmp_path / "speed" / "nbl_benchmark.json"
+    path.parent.mkdir()
+    write_benchmark(path, BASE, str(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"nbl_benchmark.*before.*Measure again"):
+        collect([tmp_path])
+
+
+def test_what_a_killed_save_left_is_no_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", [2])
+    write_checkpoint(tmp_path / ".a.nbl-incomplete", [0])
+    write_checkpoint(tmp_path / "a" / ".nbl-complete", [0])
+    (group,) = collect([tmp_path])
+    assert [c.name for c in group.checkpoints] == ["a"]
