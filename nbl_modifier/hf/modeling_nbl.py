@@ -275,6 +275,26 @@ def _empty_map(
     )
 
 
+# What transformers 5.17 to 5.19 tells by the text of the file that a class is defined
+# in (modeling_utils.py): whether `set_attn_implementation` may exchange attention, as
+# continuous batching and attention quantization have to, and likewise for experts. This
+# file says nothing about the attention and the experts that are kept.
+_READ_FROM_SOURCE = (
+    "_can_set_attn_implementation",
+    "_can_set_experts_implementation",
+)
+
+
+def _as_stock(base: type[PreTrainedModel], name: str) -> classmethod[Any, Any, bool]:
+    """Return a class method that answers as ``base`` does, whatever was asked before."""
+
+    def answer(_: type[PreTrainedModel]) -> bool:
+        able: bool = getattr(base, name)()
+        return able
+
+    return classmethod(answer)
+
+
 def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -> type:
     # The stock signature, whose annotations vLLM and transformers inspect.
     @wraps(base.__init__)
@@ -290,6 +310,7 @@ def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -
         (StaticCacheShape, base) if generates else (base,),
         {
             "__init__": initialize,
+            **{name: _as_stock(base, name) for name in _READ_FROM_SOURCE},
             "__module__": __name__,
             "__doc__": f"``{base.__name__}`` with linearized layers.",
             "config_class": config_class(architecture),
