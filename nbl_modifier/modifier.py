@@ -49,6 +49,7 @@ from .surgery import drop_restored_norms, replace
 from .upstream import (
     FusedAttention,
     keep_causal_mask,
+    observe_queries,
     release_causal_mask,
     rewind_generator,
     running_oneshot,
@@ -701,3 +702,4 @@ def _refuse_shared_pass(others: Sequence[Modifier]) -> None:
 ModifierFactory.register("NBLModifier", NBLModifier)
 saving.register()
 smoothing.register()
+observe_queries()

@@ -82,7 +82,7 @@ LAYERS = {
         packages="llmcompressor compressed_tensors transformers yaml",
     ),
     "composition": Layer(
-        ours="smoothing hf architectures",
+        ours="smoothing upstream hf architectures",
         packages="llmcompressor compressed_tensors torch transformers",
     ),
     "smoothing": Layer(
@@ -98,7 +98,8 @@ LAYERS = {
     "surgery": Layer(ours="hf architectures", packages="compressed_tensors torch"),
     "windows": Layer(packages="torch"),
     "upstream": Layer(
-        ours="architectures", packages="llmcompressor torch transformers"
+        ours="architectures",
+        packages="llmcompressor compressed_tensors torch transformers",
     ),
     "capture": Layer(ours="numerics", packages="torch"),
     "evaluation": Layer(

@@ -286,7 +286,7 @@ _READ_FROM_SOURCE = (
 
 
 def _as_stock(base: type[PreTrainedModel], name: str) -> classmethod[Any, Any, bool]:
-    """Return a class method that answers as ``base`` does, whatever was asked before."""
+    """Return a class method that answers as ``base`` does, whoever was asked first."""
 
     def answer(_: type[PreTrainedModel]) -> bool:
         able: bool = getattr(base, name)()
