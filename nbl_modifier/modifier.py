@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
@@ -625,11 +626,15 @@ class NBLModifier(Modifier):
         self, model: PreTrainedModel, calibration: Calibration, outcome: Outcome
     ) -> NBLReport:
         measured = calibration.measured
+        scores = {
+            index: score if math.isfinite(score) else None
+            for index, score in outcome.scores.items()
+        }
         results = [
             LayerResult(
                 name=self._candidates[choice.index],
                 index=choice.index,
-                score=outcome.scores[choice.index],
+                score=scores[choice.index],
                 rank=choice.rank,
                 selected=choice.selected,
                 reason=choice.reason,

@@ -56,12 +56,12 @@ class Outcome:
 
     :param order: all candidates, the first to be replaced in front
     :param scores: what they were ranked by; of a chosen layer when it was chosen, of
-        the others at the end
+        the others at the end; infinite if it could not be measured
     :param replacements: of the layers to replace, by decoder layer index
     :param binding: the limit that ended the path, in words
     :param unfit: why a layer could not be chosen whatever its rank, by index
     :param trials: what was measured on held-out windows with one layer replaced alone,
-        by decoder layer index and criterion, see :data:`TRIED`
+        by decoder layer index and criterion, see :data:`TRIED`; None: not finite
     :param heldout: perplexities on held-out windows, if there are any
     """
 
@@ -70,7 +70,7 @@ class Outcome:
     replacements: dict[int, Replacement]
     binding: str
     unfit: dict[int, str]
-    trials: dict[int, dict[str, float]]
+    trials: dict[int, dict[str, float | None]]
     heldout: HeldoutResult | None
 
 
@@ -89,7 +89,11 @@ class Search:
         self._criterion = criterion
         self._budget = budget
         self._trials = trials
-        self._base = None if trials is None else trials.loss()
+        self._base = None
+        # Layers whose loss was not finite when they were tried, and what it was.
+        self._broken: dict[int, str] = {}
+        if trials is not None:
+            self._base = _finite(trials.loss(), "of the model as it is")
 
     def one_shot(self, calibration: Calibration) -> Outcome:
         """
@@ -107,6 +111,7 @@ class Search:
             if index not in unfit
         )
         taken, binding = self._walk(steps, calibration)
+        unfit |= self._broken
         return self._outcome(order, scores, taken, binding, unfit, trials)
 
     def greedy(self, calibration: Calibration, passes: Passes) -> Outcome:
@@ -132,6 +137,8 @@ class Search:
                 best = min(left - unfit.keys(), key=lambda i: (scores[i], i))
                 loss = trials[best].loss if best in trials else None
                 yield Step(best, now.replacements[best], loss)
+                if best in self._broken:
+                    continue
                 chosen[best] = now.replacements[best]
                 with passes.replaced(chosen):
                     now = passes.estimate(left - {best})
@@ -153,8 +160,8 @@ class Search:
         replacements = passes.refit(outcome.replacements).replacements
         heldout = outcome.heldout
         if heldout is not None and self._trials is not None:
-            refitted = self._trials.loss(replacements).perplexity
-            heldout = replace(heldout, refitted=refitted)
+            refitted = _finite(self._trials.loss(replacements), "of the refitted model")
+            heldout = replace(heldout, refitted=refitted.perplexity)
         return replace(outcome, replacements=replacements, heldout=heldout)
 
     def distill(
@@ -170,7 +177,8 @@ class Search:
         """
         trained, trial = distillation.run(outcome.replacements, epochs, rate)
         assert outcome.heldout is not None
-        heldout = replace(outcome.heldout, distilled=trial.loss.perplexity)
+        distilled = _finite(trial.loss, "of the distilled model")
+        heldout = replace(outcome.heldout, distilled=distilled.perplexity)
         return replace(outcome, replacements=trained, heldout=heldout)
 
     def _outcome(
@@ -187,6 +195,7 @@ class Search:
         if self._base is not None and self._trials is not None:
             figures = {i: _figures(trial, self._base) for i, trial in trials.items()}
             final = taken[-1].loss or self._trials.loss(replacements)
+            _finite(final, f"with layers {sorted(replacements)} replaced")
             path = [step.loss.perplexity if step.loss else None for step in taken]
             heldout = HeldoutResult(
                 num_windows=len(self._base.window_tokens),
@@ -215,11 +224,25 @@ class Search:
             measured = calibration.measured.items()
             return {i: getattr(m, self._criterion) for i, m in measured}
         assert before is not None
-        return {i: _figures(t, before)[self._criterion] for i, t in trials.items()}
+        scores: dict[int, float] = {}
+        for index, trial in trials.items():
+            score = _figures(trial, before)[self._criterion]
+            scores[index] = math.inf if score is None else score
+            if score is None:
+                self._set_aside(index, trial.loss)
+        return scores
+
+    def _set_aside(self, index: int, loss: PerplexityResult) -> None:
+        """Have a layer not chosen whose trial says nothing."""
+        self._broken[index] = (
+            "with it replaced, predictions on held-out windows are not finite "
+            f"(perplexity {loss.perplexity:.4g})"
+        )
+        logger.warning("NBL: layer {}: {}", index, self._broken[index])
 
     def _unfit(self, calibration: Calibration) -> dict[int, str]:
         """Return why layers cannot be chosen, of those that cannot."""
-        limit, unfit = self._budget.max_nmse, {}
+        limit, unfit = self._budget.max_nmse, dict(self._broken)
         for index, measurement in calibration.measured.items():
             nmse = measurement.heldout_nmse
             if limit is not None and nmse is not None and nmse > limit:
@@ -240,9 +263,15 @@ class Search:
             if step is None:
                 if not taken:
                     raise self._none_fits_nmse(calibration)
+                if budget.max_nmse is None:
+                    return taken, "no other layer can be replaced"
                 return taken, f"max_nmse={budget.max_nmse}"
             if budget.max_perplexity_increase is not None:
                 step = self._measured(step, taken)
+                assert step.loss is not None
+                if not math.isfinite(step.loss.perplexity):
+                    self._set_aside(step.index, step.loss)
+                    continue
                 if self._increase(step) > budget.max_perplexity_increase:
                     if not taken:
                         raise self._none_fits_perplexity(step)
@@ -276,6 +305,11 @@ class Search:
         return math.expm1(step.loss.nll_mean - self._base.nll_mean)
 
     def _none_fits_nmse(self, calibration: Calibration) -> ValueError:
+        if self._broken:
+            reasons = "; ".join(f"layer {i}: {why}" for i, why in self._broken.items())
+            return ValueError(
+                f"NBLModifier: no layer can be replaced; {reasons}. {_NOT_FINITE}"
+            )
         errors = {
             i: m.heldout_nmse
             for i, m in calibration.measured.items()
@@ -298,9 +332,33 @@ class Search:
         )
 
 
-def _figures(trial: Trial, before: PerplexityResult) -> dict[str, float]:
-    """Return the values of the criteria in :data:`TRIED`."""
-    return {"loss": trial.loss.nll_mean - before.nll_mean, "kl": trial.kl}
+def _figures(trial: Trial, before: PerplexityResult) -> dict[str, float | None]:
+    """Return the values of the criteria in :data:`TRIED`, None if one is not finite."""
+    figures = {"loss": trial.loss.nll_mean - before.nll_mean, "kl": trial.kl}
+    return {
+        name: value if math.isfinite(value) else None for name, value in figures.items()
+    }
+
+
+_NOT_FINITE = (
+    "Look for infinite values or NaN in the model's weights, or load it in a dtype "
+    "that has the range of its logits, bfloat16 or float32."
+)
+
+
+def _finite(loss: PerplexityResult, subject: str) -> PerplexityResult:
+    """
+    Return a loss that can be compared and reported.
+
+    :param subject: what it is of, for the message
+    :raises ValueError: if it is not finite
+    """
+    if math.isfinite(loss.perplexity):
+        return loss
+    raise ValueError(
+        f"perplexity on held-out windows {subject}: must be finite, got "
+        f"{loss.perplexity}. {_NOT_FINITE}"
+    )
 
 
 def find_replacements(
