@@ -156,11 +156,12 @@ def observe_queries() -> None:
 
     @contextmanager
     def use_eager_attention(model: nn.Module) -> Iterator[None]:
-        hooked = [
+        hooked: list[Any] = [
             module
             for module in model.modules()
             if _has_quantized_attention(module)
-            and module.config._attn_implementation == HOOKED_ATTENTION_NAME
+            and getattr(module.config, "_attn_implementation", None)
+            == HOOKED_ATTENTION_NAME
         ]
         computes = QuantizedAttentionImpl._original_impl
         if hooked and computes not in ALL_ATTENTION_FUNCTIONS:

@@ -25,6 +25,7 @@ from .configuration_nbl import (
     config_class,
     nbl_config_block,
 )
+from .loading_nbl import auto_map, copy_modelling_code
 from .modeling_nbl import model_class
 from .shortening import (
     DROPPED_BLOCKS,
@@ -36,14 +37,6 @@ from .shortening import (
 __all__ = ["check_output_directory", "convert_in_place", "publish_on_save"]
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-# What transformers needs to load a checkpoint; torch and transformers are all that it
-# imports.
-_MODELLING_CODE = (
-    Path(__file__).parents[1] / "architectures.py",
-    Path(__file__).with_name("cache_nbl.py"),
-    Path(__file__).with_name("configuration_nbl.py"),
-    Path(__file__).with_name("modeling_nbl.py"),
-)
 # Inside the target rather than beside it: files can be moved out of it in one step even
 # where the target is a mount point, and the directory above need not be writable.
 _STAGING = ".nbl-incomplete"
@@ -173,7 +166,7 @@ def publish_on_save(
             if is_source_process():
                 content = _finished_config(staging, model.config, architecture)
                 if isinstance(model.config, NBLConfigMixin):
-                    _copy_modelling_code(staging)
+                    copy_modelling_code(staging)
                 extra_files(staging)
                 _move_into_place(staging, target, content)
         finally:
@@ -268,26 +261,8 @@ def _finished_config(
         )
     return saved | {
         "nbl_config": config.nbl_config,
-        "auto_map": {
-            "AutoConfig": f"configuration_nbl.{config_class(architecture).__name__}",
-            "AutoModel": f"modeling_nbl.{architecture.nbl_base_model}",
-            architecture.auto_class: f"modeling_nbl.{architecture.nbl_causal_lm}",
-        },
+        "auto_map": auto_map(architecture),
     }
-
-
-def _copy_modelling_code(directory: Path) -> None:
-    """
-    Let transformers load the checkpoint without nbl_modifier, where the user allows it.
-
-    With ``trust_remote_code=True`` the classes of ``auto_map`` come from these files.
-    Where nbl_modifier is registered they are not looked at.
-    """
-    for source in _MODELLING_CODE:
-        text = source.read_text(encoding="utf-8")
-        # Beside a checkpoint there is no package to import from, only siblings.
-        text = text.replace("from nbl_modifier.architectures", "from .architectures")
-        (directory / source.name).write_text(text, encoding="utf-8")
 
 
 def _move_into_place(staging: Path, target: Path, config: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture
 
 from .cache_nbl import StaticCacheShape, count_tokens
 from .configuration_nbl import LinearizedLayer, config_class
+from .loading_nbl import CheckpointFiles, layers_path, stock_abilities
 
 __all__ = [
     "DroppedAttention",
@@ -168,12 +169,7 @@ def _block_class(stock: type[nn.Module]) -> type[LinearizedBlock]:
 
 def decoder_layers(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
     """Return the decoder layers of a causal language model or its base model."""
-    if isinstance(model, PreTrainedModel) and model.base_model is model:
-        # A base model has no outer `model.`: its own attributes start one level down.
-        path = architecture.layers.removeprefix(model.base_model_prefix + ".")
-    else:
-        path = architecture.layers
-    layers = model.get_submodule(path)
+    layers = model.get_submodule(layers_path(model, architecture))
     assert isinstance(layers, nn.ModuleList)
     return layers
 
@@ -275,26 +271,6 @@ def _empty_map(
     )
 
 
-# What transformers 5.17 to 5.19 tells by the text of the file that a class is defined
-# in (modeling_utils.py): whether `set_attn_implementation` may exchange attention, as
-# continuous batching and attention quantization have to, and likewise for experts. This
-# file says nothing about the attention and the experts that are kept.
-_READ_FROM_SOURCE = (
-    "_can_set_attn_implementation",
-    "_can_set_experts_implementation",
-)
-
-
-def _as_stock(base: type[PreTrainedModel], name: str) -> classmethod[Any, Any, bool]:
-    """Return a class method that answers as ``base`` does, whoever was asked first."""
-
-    def answer(_: type[PreTrainedModel]) -> bool:
-        able: bool = getattr(base, name)()
-        return able
-
-    return classmethod(answer)
-
-
 def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -> type:
     # The stock signature, whose annotations vLLM and transformers inspect.
     @wraps(base.__init__)
@@ -307,10 +283,10 @@ def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -
     generates = issubclass(base, GenerationMixin)
     return type(
         "NBL" + base.__name__,
-        (StaticCacheShape, base) if generates else (base,),
+        (CheckpointFiles, *([StaticCacheShape] if generates else []), base),
         {
             "__init__": initialize,
-            **{name: _as_stock(base, name) for name in _READ_FROM_SOURCE},
+            **stock_abilities(base),
             "__module__": __name__,
             "__doc__": f"``{base.__name__}`` with linearized layers.",
             "config_class": config_class(architecture),

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -127,34 +125,6 @@ def test_no_linearized_layer_is_the_stock_model() -> None:
     stock.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(model(prompt()).logits, stock(prompt()).logits)
-
-
-ABILITIES = """
-import transformers
-from nbl_modifier.architectures import ARCHITECTURES
-from nbl_modifier.hf.modeling_nbl import model_class
-
-QUESTIONS = ("_can_set_attn_implementation", "_can_set_experts_implementation")
-for number, architecture in enumerate(ARCHITECTURES.values()):
-    for name in (architecture.causal_lm, architecture.base_model):
-        stock, ours = getattr(transformers, name), model_class(name, architecture)
-        asked = [stock, ours, stock] if number % 2 else [ours, stock, ours]
-        for question in QUESTIONS:
-            answers = [getattr(each, question)() for each in asked]
-            assert answers[0] == answers[1] == answers[2], (name, question, answers)
-"""
-
-
-def test_abilities_are_those_of_the_stock_model() -> None:
-    """
-    Whichever class is asked first: transformers keeps answers, and hands them down.
-
-    In a process of its own, where none has been asked yet.
-    """
-    run = subprocess.run(
-        [sys.executable, "-c", ABILITIES], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_attention_can_be_exchanged() -> None:
