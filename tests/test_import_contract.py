@@ -116,7 +116,9 @@ LAYERS = {
     "report": Layer(lazy="matplotlib"),
     "data": Layer(lazy="torch transformers datasets"),
     "vllm_plugin": Layer(ours="hf architectures", packages="vllm torch transformers"),
-    "hf": Layer(ours="architectures", packages="torch transformers safetensors"),
+    "hf": Layer(
+        ours="architectures", packages="torch transformers safetensors", lazy="peft"
+    ),
     "architectures": Layer(),
     "selection": Layer(),
     "numerics": Layer(packages="torch", lazy="scipy"),
