@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import nbl_modifier.hf
@@ -121,6 +122,29 @@ def test_vllm_refuses(
     assert result.keys() == {"error"}
     output = result["error"] + log.read_text(encoding="utf-8", errors="replace")
     assert refusal.message in output
+
+
+@pytest.mark.parametrize("edit", ["missing", "surplus"])
+def test_vllm_refuses_other_tensors(
+    linearized: Path, raw: Raw, tmp_path: Path, edit: str
+) -> None:
+    """A map that is not in the file, and attention beside one."""
+    directory = edited(linearized, tmp_path, {})
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    name = f"model.layers.{min(map(int, config['nbl_config']['layers']))}.self_attn"
+    tensors = load_file(directory / "model.safetensors")
+    if edit == "missing":
+        del tensors[f"{name}.linear.weight"]
+        message = f"{name}: what replaced it needs the tensor {name}.linear.weight"
+    else:
+        tensors[f"{name}.q_proj.weight"] = tensors[f"{name}.linear.weight"].clone()
+        message = f"{name}: what replaced it has no tensor {name}.q_proj.weight"
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    result, log = raw(directory)
+    assert result.keys() == {"error"}
+    output = result["error"] + log.read_text(encoding="utf-8", errors="replace")
+    assert message in output
+    assert str(directory) in output
 
 
 @pytest.mark.parametrize("message", [CUSTOM_CODE, NO_ATTENTION])

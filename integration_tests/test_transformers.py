@@ -26,9 +26,10 @@ def test_calibrated(row: Row, made: Materials) -> None:
     directory = made.checkpoint(row.recipe_text, row.model)
     report = NBLReport.load(directory / "nbl_report.json")
     assert len(report.layers) == report.num_hidden_layers
-    assert all(math.isfinite(layer.score) for layer in report.layers)
-    ranked = sorted(report.layers, key=lambda layer: layer.score)
-    chosen = sorted(layer.index for layer in ranked[: len(report.selected_layers)])
+    scores = {layer.index: layer.score or 0.0 for layer in report.layers}
+    assert all(math.isfinite(score) and score for score in scores.values())
+    ranked = sorted(scores, key=lambda index: scores[index])
+    chosen = sorted(ranked[: len(report.selected_layers)])
     assert report.selected_layers == chosen
     assert row.linearized in (chosen, len(chosen))
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -39,6 +39,7 @@ from .smoothing import (
     rewrite_awq,
     rewrite_smoothquant,
 )
+from .upstream import quantized_attention
 
 __all__ = ["Followers", "refuse_earlier"]
 
@@ -161,7 +162,8 @@ class Followers:
             if isinstance(
                 modifier, (SmoothQuantModifier, QuantizationMixin, SparsityModifierBase)
             ):
-                modifier.on_initialize(state, **self._kwargs)
+                with quantized_attention(state.model):
+                    modifier.on_initialize(state, **self._kwargs)
 
     def restore_mappings(self) -> None:
         """Put back the user's mappings: ``recipe.yaml`` holds what can be replayed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
@@ -62,6 +63,7 @@ from .upstream import (
     FusedAttention,
     hide_bars,
     keep_causal_mask,
+    observe_queries,
     release_causal_mask,
     rewind_generator,
     running_oneshot,
@@ -743,11 +745,15 @@ class NBLModifier(Modifier):
         self, model: PreTrainedModel, calibration: Calibration, outcome: Outcome
     ) -> NBLReport:
         measured = calibration.measured
+        scores = {
+            index: score if math.isfinite(score) else None
+            for index, score in outcome.scores.items()
+        }
         results = [
             LayerResult(
                 name=self._candidates[choice.index],
                 index=choice.index,
-                score=outcome.scores[choice.index],
+                score=scores[choice.index],
                 rank=choice.rank,
                 selected=choice.selected,
                 reason=choice.reason,
@@ -820,3 +826,4 @@ def _refuse_shared_pass(others: Sequence[Modifier]) -> None:
 ModifierFactory.register("NBLModifier", NBLModifier)
 saving.register()
 smoothing.register()
+observe_queries()

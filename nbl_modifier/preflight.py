@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from compressed_tensors.utils import match_named_modules
 from loguru import logger
 from torch import Tensor, nn
@@ -61,10 +62,26 @@ def check_model(model: PreTrainedModel) -> Architecture:
 
     :param model: a causal language model as transformers loads it, some of its layers
         linearized already or none
-    :raises NotImplementedError: if its family is not supported
-    :raises ValueError: if it is quantized already
+    :raises NotImplementedError: if its family is not supported, or it is another model
+        of the family: without a head, say, or with that of a classifier
+    :raises ValueError: if it is quantized already, or has adapters
     """
     architecture = architecture_of(model.config.model_type)
+    adapted = next((n for n, m in model.named_modules() if _is_adapted(m)), None)
+    if adapted is not None:
+        raise ValueError(
+            f"{adapted}: the model has PEFT adapters, which would be saved without the "
+            "model, got a "
+            f"{type(model).__name__}. Merge them first: `merge_and_unload()` of the "
+            "PeftModel, or load the model without them."
+        )
+    if not isinstance(model, getattr(transformers, architecture.causal_lm)):
+        raise NotImplementedError(
+            f"NBLModifier linearizes {architecture.causal_lm} of transformers, got a "
+            f"{type(model).__name__}: what it would save is not that model. Load it "
+            f"with {architecture.auto_class}; a head of one's own can be put on the "
+            "linearized decoder afterwards, which AutoModel loads."
+        )
     quantized = next(
         (n for n, m in model.named_modules() if hasattr(m, "quantization_scheme")), None
     )
@@ -75,6 +92,11 @@ def check_model(model: PreTrainedModel) -> Architecture:
             "NBLModifier first in the recipe."
         )
     return architecture
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    # As peft's BaseTunerLayer, which need not be installed.
+    return hasattr(module, "base_layer") and hasattr(module, "active_adapter")
 
 
 def check_input(architecture: Architecture, value: str) -> None:

@@ -53,12 +53,12 @@ class Outcome:
 
     :param order: all candidates, the first to be replaced in front
     :param scores: what they were ranked by; of a chosen layer when it was chosen, of
-        the others at the end
+        the others at the end; infinite if it could not be measured
     :param replacements: of the layers to replace, by decoder layer index
     :param binding: the limit that ended the path, in words
     :param unfit: why a layer could not be chosen whatever its rank, by index
     :param trials: what was measured on held-out windows with one layer replaced alone,
-        by decoder layer index and criterion, see :data:`TRIED`
+        by decoder layer index and criterion, see :data:`TRIED`; None: not finite
     :param heldout: perplexities on held-out windows, if there are any
     """
 
@@ -67,7 +67,7 @@ class Outcome:
     replacements: dict[int, Replacement]
     binding: str
     unfit: dict[int, str]
-    trials: dict[int, dict[str, float]]
+    trials: dict[int, dict[str, float | None]]
     heldout: HeldoutResult | None
 
 
@@ -86,7 +86,11 @@ class Search:
         self._criterion = criterion
         self._budget = budget
         self._trials = trials
+        # Layers whose loss was not finite when they were tried, and what it was.
+        self._broken: dict[int, str] = {}
         self._base = None if trials is None else trials.original()
+        if self._base is not None:
+            _finite(self._base.loss, "of the model as it is")
 
     def one_shot(self, calibration: Calibration) -> Outcome:
         """
@@ -104,6 +108,7 @@ class Search:
             if index not in unfit
         )
         taken, binding = self._walk(steps, calibration)
+        unfit |= self._broken
         return self._outcome(order, scores, taken, binding, unfit, trials, calibration)
 
     def greedy(self, calibration: Calibration, passes: Passes) -> Outcome:
@@ -129,6 +134,8 @@ class Search:
                     return
                 best = min(left - unfit.keys(), key=lambda i: (scores[i], i))
                 yield Step(best, now.replacements[best])
+                if best in self._broken:
+                    continue
                 chosen[best] = now.replacements[best]
                 with passes.replaced(chosen):
                     now = passes.estimate(left - {best})
@@ -157,23 +164,29 @@ class Search:
 
         def steps() -> Iterator[Step]:
             trials, now = dict(first), self._base
-            while left := scores.keys() - chosen - unfit.keys():
-                fresh = set() if chosen else set(left)
-                while True:
-                    best = min(left, key=lambda i: (scores[i], i))
-                    if best in fresh:
-                        break
+            fresh = set(trials)
+
+            def left() -> set[int]:
+                return scores.keys() - chosen - unfit.keys() - self._broken.keys()
+
+            while left():
+                best = min(left(), key=lambda i: (scores[i], i))
+                if best not in fresh:
                     candidate = {best: calibration.replacements[best]}
                     assert self._trials is not None
-                    trials.update(self._trials.single(candidate, chosen))
-                    scores.update(self._scores(calibration, {best: trials[best]}, now))
+                    trials |= self._trials.single(candidate, chosen)
                     fresh.add(best)
+                    scores.update(self._scores(calibration, {best: trials[best]}, now))
+                    continue
                 yield Step(best, calibration.replacements[best], trials[best].loss)
-                chosen[best], now = calibration.replacements[best], trials[best]
+                if best not in self._broken:
+                    chosen[best], now = calibration.replacements[best], trials[best]
+                    fresh.clear()
 
         taken, binding = self._walk(steps(), calibration)
         order = [step.index for step in taken]
         order += sorted(scores.keys() - order, key=lambda i: (scores[i], i))
+        unfit |= self._broken
         return self._outcome(order, scores, taken, binding, unfit, first, calibration)
 
     def refit(self, outcome: Outcome, passes: Passes) -> Outcome:
@@ -189,6 +202,7 @@ class Search:
             return replace(outcome, replacements=replacements)
         before = self._trials.together(outcome.replacements)
         after = self._trials.together(replacements)
+        _finite(after.loss, "of the refitted model")
         heldout = replace(heldout, refitted=after.loss.perplexity)
         if not after.kl < before.kl:
             logger.warning(
@@ -218,7 +232,8 @@ class Search:
         """
         trained, trial = distillation.run(outcome.replacements, epochs, rate)
         assert outcome.heldout is not None
-        heldout = replace(outcome.heldout, distilled=trial.loss.perplexity)
+        distilled = _finite(trial.loss, "of the distilled model")
+        heldout = replace(outcome.heldout, distilled=distilled.perplexity)
         return replace(outcome, replacements=trained, heldout=heldout)
 
     def _outcome(
@@ -239,6 +254,7 @@ class Search:
                 for i, trial in trials.items()
             }
             final = taken[-1].loss or self._trials.loss(replacements)
+            _finite(final, f"with layers {sorted(replacements)} replaced")
             path = [step.loss.perplexity if step.loss else None for step in taken]
             heldout = HeldoutResult(
                 num_windows=len(self._base.loss.window_tokens),
@@ -267,14 +283,26 @@ class Search:
             measured = calibration.measured.items()
             return {i: getattr(m, self._criterion) for i, m in measured}
         assert before is not None
-        return {
-            i: _figures(trial, before, calibration.measured[i].cosine)[self._criterion]
-            for i, trial in trials.items()
-        }
+        scores: dict[int, float] = {}
+        for index, trial in trials.items():
+            cosine = calibration.measured[index].cosine
+            score = _figures(trial, before, cosine)[self._criterion]
+            scores[index] = math.inf if score is None else score
+            if score is None:
+                self._set_aside(index, trial.loss)
+        return scores
+
+    def _set_aside(self, index: int, loss: PerplexityResult) -> None:
+        """Have a layer not chosen whose trial says nothing."""
+        self._broken[index] = (
+            "with it replaced, predictions on held-out windows are not finite "
+            f"(perplexity {loss.perplexity:.4g})"
+        )
+        logger.warning("NBL: layer {}: {}", index, self._broken[index])
 
     def _unfit(self, calibration: Calibration) -> dict[int, str]:
         """Return why layers cannot be chosen, of those that cannot."""
-        limit, unfit = self._budget.max_nmse, {}
+        limit, unfit = self._budget.max_nmse, dict(self._broken)
         for index, measurement in calibration.measured.items():
             nmse = measurement.heldout_nmse
             if limit is not None and nmse is not None and nmse > limit:
@@ -295,9 +323,15 @@ class Search:
             if step is None:
                 if not taken:
                     raise self._none_fits_nmse(calibration)
+                if budget.max_nmse is None:
+                    return taken, "no other layer can be replaced"
                 return taken, f"max_nmse={budget.max_nmse}"
             if budget.max_perplexity_increase is not None:
                 step = self._measured(step, taken)
+                assert step.loss is not None
+                if not math.isfinite(step.loss.perplexity):
+                    self._set_aside(step.index, step.loss)
+                    continue
                 if self._increase(step) > budget.max_perplexity_increase:
                     if not taken:
                         raise self._none_fits_perplexity(step)
@@ -331,6 +365,11 @@ class Search:
         return math.expm1(step.loss.nll_mean - self._base.loss.nll_mean)
 
     def _none_fits_nmse(self, calibration: Calibration) -> ValueError:
+        if self._broken:
+            reasons = "; ".join(f"layer {i}: {why}" for i, why in self._broken.items())
+            return ValueError(
+                f"NBLModifier: no layer can be replaced; {reasons}. {_NOT_FINITE}"
+            )
         errors = {
             i: m.heldout_nmse
             for i, m in calibration.measured.items()
@@ -353,14 +392,42 @@ class Search:
         )
 
 
-def _figures(trial: Trial, before: Trial, cosine: float) -> dict[str, float]:
-    """Return the values of the criteria in :data:`TRIED`, of one more replacement."""
+def _figures(trial: Trial, before: Trial, cosine: float) -> dict[str, float | None]:
+    """
+    Return the values of the criteria in :data:`TRIED`, of one more replacement.
+
+    None where one is not finite.
+    """
     kl = trial.kl - before.kl
-    return {
+    figures = {
         "loss": trial.loss.nll_mean - before.loss.nll_mean,
         "kl": kl,
         "kl_angle": kl * math.acos(max(-1.0, 1.0 - cosine)),
     }
+    return {
+        name: value if math.isfinite(value) else None for name, value in figures.items()
+    }
+
+
+_NOT_FINITE = (
+    "Look for infinite values or NaN in the model's weights, or load it in a dtype "
+    "that has the range of its logits, bfloat16 or float32."
+)
+
+
+def _finite(loss: PerplexityResult, subject: str) -> PerplexityResult:
+    """
+    Return a loss that can be compared and reported.
+
+    :param subject: what it is of, for the message
+    :raises ValueError: if it is not finite
+    """
+    if math.isfinite(loss.perplexity):
+        return loss
+    raise ValueError(
+        f"perplexity on held-out windows {subject}: must be finite, got "
+        f"{loss.perplexity}. {_NOT_FINITE}"
+    )
 
 
 def find_replacements(

@@ -6,22 +6,31 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
 import torch
+from compressed_tensors.modeling.attention import (
+    HOOKED_ATTENTION_NAME,
+    IMPL_ATTR,
+    QuantizedAttentionImpl,
+)
+from compressed_tensors.utils import patch_attr
 from llmcompressor.entrypoints import utils as entrypoints
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from llmcompressor.modeling.moe.linearize import get_linearized_moes
 from llmcompressor.pipelines.sequential import pipeline as sequential
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
+from llmcompressor.utils import helpers
 from torch import Tensor, nn
 from torch.fx.node import Argument
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .architectures import Architecture
 
@@ -30,6 +39,8 @@ __all__ = [
     "hide_bars",
     "keep_causal_mask",
     "keep_expert_names",
+    "observe_queries",
+    "quantized_attention",
     "release_causal_mask",
     "rewind_generator",
     "running_oneshot",
@@ -128,6 +139,72 @@ def _fusible(module: nn.Module) -> bool:
         and getattr(config, "_attn_implementation", None) == "sdpa"
         and getattr(config, "attn_logit_softcapping", None) is None
     )
+
+
+def _has_quantized_attention(module: nn.Module) -> bool:
+    return hasattr(module, IMPL_ATTR)
+
+
+def observe_queries() -> None:
+    """
+    Have calibration passes go through quantized attention. Call it once per process.
+
+    compressed-tensors exchanges attention for one that quantizes queries and lets them
+    be observed (compressed-tensors 0.19.0, modeling/attention.py). llm-compressor
+    forces eager attention on the model while it calibrates, for the sake of the masks
+    (llmcompressor 0.14.0.1, utils/helpers.py, ``use_eager_attention``), so nothing is
+    observed, and the scales of queries stay what the memory held, NBL or not.
+    """
+    upstreams = helpers.use_eager_attention
+
+    @contextmanager
+    def use_eager_attention(model: nn.Module) -> Iterator[None]:
+        hooked: list[Any] = [
+            module
+            for module in model.modules()
+            if _has_quantized_attention(module)
+            and getattr(module.config, "_attn_implementation", None)
+            == HOOKED_ATTENTION_NAME
+        ]
+        computes = QuantizedAttentionImpl._original_impl
+        if hooked and computes not in ALL_ATTENTION_FUNCTIONS:
+            raise ValueError(
+                f"the model was loaded with attn_implementation={computes!r}, with "
+                "which its attention cannot be quantized: compressed-tensors calls "
+                "attention by name, and that one has none. Load it with "
+                f"attn_implementation='sdpa', or take {type(hooked[0]).__name__} out "
+                "of the quantizer's targets."
+            )
+        configs = [module.config for module in hooked]
+        for module in hooked:
+            # A copy: the model decides by its own what masks to make.
+            module.config = copy.copy(module.config)
+        try:
+            with upstreams(model):
+                yield
+        finally:
+            for module, config in zip(hooked, configs, strict=True):
+                module.config = config
+
+    helpers.use_eager_attention = use_eager_attention
+
+
+def quantized_attention(model: PreTrainedModel) -> AbstractContextManager[Any]:
+    """
+    Let quantizers be initialized again inside of a calibration pass.
+
+    There the model seems to have eager attention, see :func:`observe_queries`. A
+    quantizer of attention would take that for the one to call after it has quantized,
+    and the model fails later with ``KeyError: 'eager'``.
+
+    :param model: the causal language model
+    """
+    if not any(_has_quantized_attention(module) for module in model.modules()):
+        return nullcontext()
+    context: AbstractContextManager[Any] = patch_attr(
+        model.config, "_attn_implementation", HOOKED_ATTENTION_NAME
+    )
+    return context
 
 
 def keep_expert_names(model: PreTrainedModel, architecture: Architecture) -> None:

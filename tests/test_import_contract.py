@@ -45,8 +45,8 @@ LAYERS = {
     "ranking": Layer(ours="modifier search report", packages="llmcompressor pydantic"),
     "modifier": Layer(
         ours="search distillation reuse store calibration progress cost composition"
-        " saving smoothing preflight fitting methods surgery upstream products report hf architectures"
-        " selection",
+        " saving smoothing preflight fitting methods surgery upstream products report"
+        " hf architectures selection",
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
     "search": Layer(
@@ -90,7 +90,7 @@ LAYERS = {
         packages="llmcompressor compressed_tensors transformers yaml",
     ),
     "composition": Layer(
-        ours="smoothing hf architectures",
+        ours="smoothing upstream hf architectures",
         packages="llmcompressor compressed_tensors torch transformers",
     ),
     "smoothing": Layer(
@@ -108,7 +108,8 @@ LAYERS = {
     "surgery": Layer(ours="hf architectures", packages="compressed_tensors torch"),
     "windows": Layer(packages="torch"),
     "upstream": Layer(
-        ours="architectures", packages="llmcompressor torch transformers"
+        ours="architectures",
+        packages="llmcompressor compressed_tensors torch transformers",
     ),
     "capture": Layer(ours="numerics", packages="torch"),
     "evaluation": Layer(
@@ -126,7 +127,9 @@ LAYERS = {
     "report": Layer(lazy="matplotlib"),
     "data": Layer(lazy="torch transformers datasets"),
     "vllm_plugin": Layer(ours="hf architectures", packages="vllm torch transformers"),
-    "hf": Layer(ours="architectures", packages="torch transformers safetensors"),
+    "hf": Layer(
+        ours="architectures", packages="torch transformers safetensors", lazy="peft"
+    ),
     "architectures": Layer(),
     "selection": Layer(),
     "numerics": Layer(packages="torch", lazy="scipy"),

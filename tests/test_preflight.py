@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -582,3 +584,45 @@ def test_what_the_model_makes_equal_is_refused_by_name(
         ValueError, match=r"layers\.0\.self_attn: its input is the same"
     ):
         compress(model.to(dtype), [one_layer()], rows)
+
+
+# --- models that are not the family's causal language model ---------------------------
+
+
+@pytest.mark.parametrize(
+    "auto_class",
+    [
+        "AutoModel",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    ],
+)
+def test_another_model_of_the_family(
+    llama: Path, rows: Dataset, tmp_path: Path, auto_class: str
+) -> None:
+    model = getattr(transformers, auto_class).from_pretrained(llama)
+    name = type(model).__name__
+    with pytest.raises(NotImplementedError, match=f"LlamaForCausalLM.*got a {name}"):
+        compress(
+            model, NBLModifier(num_layers=1), rows, output_dir=str(tmp_path / "out")
+        )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("way", ["wrapped", "inside", "loaded"])
+def test_adapters_are_to_be_merged_first(
+    llama: Path, rows: Dataset, tmp_path: Path, way: str
+) -> None:
+    settings = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model: Any = peft.get_peft_model(load(llama), settings)
+    if way == "inside":
+        model = model.base_model.model
+    elif way == "loaded":
+        model.save_pretrained(tmp_path / "adapter")
+        model = load(llama)
+        model.load_adapter(str(tmp_path / "adapter"))
+    with pytest.raises(ValueError, match=r"self_attn.q_proj: the model has PEFT"):
+        compress(
+            model, NBLModifier(num_layers=1), rows, output_dir=str(tmp_path / "out")
+        )
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from llmcompressor.core import Event, State
 from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
 from loguru import logger
 from pydantic import PrivateAttr
@@ -23,7 +25,7 @@ import nbl_modifier.modifier
 from nbl_modifier import NBLModifier
 from nbl_modifier.calibration import Calibration
 from tests.followers import FAMILIES, FOLLOWERS, TinyModels
-from tests.tiny_llama import compress, linearized, load
+from tests.tiny_llama import compress, linearized, load, logits_of, tensors_in
 
 pytestmark = pytest.mark.usefixtures("one_thread", "pageable_cache")
 
@@ -312,3 +314,51 @@ def test_later_modifiers_do_not_notice_the_skipped_pass(
     assert once.keys() == twice.keys()
     for name, tensor in once.items():
         assert torch.equal(tensor, twice[name]), name
+
+
+# --- attention that is quantized ------------------------------------------------------
+
+
+def fp8_attention() -> Modifier:
+    """Return a quantizer of queries, keys and values, with scales from calibration."""
+    inputs = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+    group = {"targets": ["LlamaAttention"], "input_activations": inputs}
+    return QuantizationModifier(config_groups={"attention": group})
+
+
+@pytest.mark.parametrize("way", ["one recipe", "checkpoint", "no NBL"])
+def test_attention_is_quantized(
+    llama: Path, rows: Dataset, tmp_path: Path, way: str
+) -> None:
+    source, layers, recipe = llama, [2], [fp8_attention()]
+    before = tmp_path / "nbl"
+    compress(load(llama), NBLModifier(layers=layers), rows, output_dir=str(before))
+    if way == "one recipe":
+        recipe.insert(0, NBLModifier(layers=layers))
+    elif way == "checkpoint":
+        source = before
+    else:
+        before, layers = llama, []
+    unquantized = logits_of(load(before))
+    model = compress(load(source), recipe, rows, output_dir=str(tmp_path / "out"))
+    assert linearized(model) == layers
+    logits = logits_of(model)  # before anything is loaded that sets things up again
+    # 3 mantissa bits of queries, keys and values change a little, and something
+    change = (logits - unquantized).std() / unquantized.std()
+    assert 1e-3 < change < 0.2
+    assert torch.equal(logits_of(load(tmp_path / "out")), logits)
+    names = {"q_scale", "k_scale", "v_scale"}
+    scales = {
+        name: tensor
+        for name, tensor in tensors_in(tmp_path / "out").items()
+        if name.rpartition(".")[2] in names
+    }
+    assert len(scales) == 3 * (4 - len(layers))
+    # of 448 steps; random weights of unit scale make queries of about 1 to 5
+    assert all(1 < 448 * scale.item() < 20 for scale in scales.values())
+
+
+def test_attention_without_a_name_is_not_quantized(llama: Path, rows: Dataset) -> None:
+    model = load(llama, attn_implementation="eager")
+    with pytest.raises(ValueError, match="attn_implementation='eager'.*LlamaAttention"):
+        compress(model, [NBLModifier(layers=[2]), fp8_attention()], rows)

@@ -7,13 +7,16 @@ load linearized checkpoints.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 __all__ = ["register"]
 
 
 def register() -> None:
     """
     Make ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM`` (or
-    ``AutoModelForImageTextToText``) know every supported family's linearized models.
+    ``AutoModelForImageTextToText``) know every supported family's linearized models,
+    and PEFT, where it is installed, adapt the same modules of them as of base models.
     Safe to call again.
     """
     import transformers
@@ -33,3 +36,24 @@ def register() -> None:
         getattr(transformers, architecture.auto_class).register(
             config, model_class(architecture.causal_lm, architecture), exist_ok=True
         )
+    if find_spec("peft") is not None:
+        _register_adapters()
+
+
+def _register_adapters() -> None:
+    """
+    Give linearized models the target modules that PEFT has for their base models.
+
+    It looks them up by ``model_type`` where a configuration names none.
+    """
+    from peft.utils import constants
+
+    from nbl_modifier.architectures import ARCHITECTURES
+
+    for name, defaults in vars(constants).items():
+        if name.endswith("_MODULES_MAPPING"):
+            for architecture in ARCHITECTURES.values():
+                if architecture.model_type in defaults:
+                    defaults.setdefault(
+                        architecture.nbl_model_type, defaults[architecture.model_type]
+                    )

@@ -43,6 +43,13 @@ def _append(cache: Cache, layer_idx: int, hidden_states: torch.Tensor) -> None:
     if isinstance(layer, QuantizedLayer):
         # Nothing to quantize, and groups of numbers larger than there are.
         cache.layers[layer_idx] = DynamicLayer()
+    elif isinstance(layer, DynamicLayer) and layer.get_seq_length() > 0:
+        # What is there may be a prefix that every layer was given (prefix tuning).
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        key = key.expand(-1, keys.shape[1], -1, keys.shape[-1])
+        value = value.expand(-1, values.shape[1], -1, values.shape[-1])
     elif isinstance(layer, StaticLayer) and _has_attention_shape(layer):
         if torch.compiler.is_compiling():
             # Memory that a compiled or exported graph already refers to.

@@ -28,6 +28,7 @@ from .configuration_nbl import (
     nbl_config_block,
 )
 from .directories import is_interrupted, recover, replaced
+from .loading_nbl import MODELLING_CODE, auto_map, copy_modelling_code
 from .modeling_nbl import model_class
 from .shortening import (
     DROPPED_BLOCKS,
@@ -56,14 +57,6 @@ _TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*"),
     *("merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken"),
     *("chat_template*", "additional_chat_templates", "*processor_config.json"),
-)
-# What transformers needs to load a checkpoint; torch and transformers are all that it
-# imports.
-_MODELLING_CODE = (
-    Path(__file__).parents[1] / "architectures.py",
-    Path(__file__).with_name("cache_nbl.py"),
-    Path(__file__).with_name("configuration_nbl.py"),
-    Path(__file__).with_name("modeling_nbl.py"),
 )
 
 
@@ -194,7 +187,7 @@ def publish_on_save(
                 inner(str(staging), *args, **kwargs)
             content = _finished_config(staging, model.config, architecture)
             if isinstance(model.config, NBLConfigMixin):
-                _copy_modelling_code(staging)
+                copy_modelling_code(staging)
             extra_files(staging)
             finished = staging / f"{CONFIG_NAME}.finished"
             finished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
@@ -288,26 +281,8 @@ def _finished_config(
         )
     return saved | {
         "nbl_config": config.nbl_config,
-        "auto_map": {
-            "AutoConfig": f"configuration_nbl.{config_class(architecture).__name__}",
-            "AutoModel": f"modeling_nbl.{architecture.nbl_base_model}",
-            architecture.auto_class: f"modeling_nbl.{architecture.nbl_causal_lm}",
-        },
+        "auto_map": auto_map(architecture),
     }
-
-
-def _copy_modelling_code(directory: Path) -> None:
-    """
-    Let transformers load the checkpoint without nbl_modifier, where the user allows it.
-
-    With ``trust_remote_code=True`` the classes of ``auto_map`` come from these files.
-    Where nbl_modifier is registered they are not looked at.
-    """
-    for source in _MODELLING_CODE:
-        text = source.read_text(encoding="utf-8")
-        # Beside a checkpoint there is no package to import from, only siblings.
-        text = text.replace("from nbl_modifier.architectures", "from .architectures")
-        (directory / source.name).write_text(text, encoding="utf-8")
 
 
 def is_of_checkpoint(path: Path, new: Collection[str]) -> bool:
@@ -324,7 +299,7 @@ def is_of_checkpoint(path: Path, new: Collection[str]) -> bool:
     def matches(name: str, patterns: Iterable[str]) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    code = (source.name for source in _MODELLING_CODE)
+    code = (source.name for source in MODELLING_CODE)
     if path.is_file() and matches(
         path.name, (*_WEIGHTS, *_MEASURED, *_DESCRIPTION, *code)
     ):

@@ -24,6 +24,7 @@ from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture
 
 from .cache_nbl import StaticCacheShape, count_tokens
 from .configuration_nbl import LinearizedLayer, config_class
+from .loading_nbl import CheckpointFiles, layers_path, stock_abilities
 
 __all__ = [
     "DroppedAttention",
@@ -168,12 +169,7 @@ def _block_class(stock: type[nn.Module]) -> type[LinearizedBlock]:
 
 def decoder_layers(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
     """Return the decoder layers of a causal language model or its base model."""
-    if isinstance(model, PreTrainedModel) and model.base_model is model:
-        # A base model has no outer `model.`: its own attributes start one level down.
-        path = architecture.layers.removeprefix(model.base_model_prefix + ".")
-    else:
-        path = architecture.layers
-    layers = model.get_submodule(path)
+    layers = model.get_submodule(layers_path(model, architecture))
     assert isinstance(layers, nn.ModuleList)
     return layers
 
@@ -287,9 +283,10 @@ def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -
     generates = issubclass(base, GenerationMixin)
     return type(
         "NBL" + base.__name__,
-        (StaticCacheShape, base) if generates else (base,),
+        (CheckpointFiles, *([StaticCacheShape] if generates else []), base),
         {
             "__init__": initialize,
+            **stock_abilities(base),
             "__module__": __name__,
             "__doc__": f"``{base.__name__}`` with linearized layers.",
             "config_class": config_class(architecture),

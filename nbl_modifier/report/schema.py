@@ -31,7 +31,8 @@ class LayerResult:
         at most the hidden size
     :param dampening_frac: dampening used, a fraction of the mean diagonal of the
         input covariance
-    :param score: the number the layer was ranked by, lower is replaced earlier
+    :param score: the number the layer was ranked by, lower is replaced earlier; None
+        if it was not finite
     :param rank: place in the ranking, 1 is replaced first
     :param selected: True if attention was replaced by a linear map here
     :param reason: why it was selected or kept, for a reader
@@ -58,7 +59,7 @@ class LayerResult:
     residual_nmse: float
     cca_bound: float
     dampening_frac: float
-    score: float
+    score: float | None
     rank: int
     selected: bool
     reason: str

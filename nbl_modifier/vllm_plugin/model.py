@@ -30,6 +30,7 @@ from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from nbl_modifier.architectures import ARCHITECTURES, Architecture
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
+from nbl_modifier.hf.loading_nbl import check_tensors
 from nbl_modifier.hf.modeling_nbl import linearize_layer
 
 __all__ = [
@@ -313,6 +314,8 @@ class LinearizedMixin:
             replace = _replace_in_transformers if self.in_transformers else _replace
             replace(layers, architecture, index, spec, linear, vllm_config)
         _let_go_of_experts(self)  # type: ignore[arg-type]
+        self._linearized = linearized
+        self._checkpoint = vllm_config.model_config.model
         logger.info_once(
             "%s: %d of %d layers have no attention and no KV cache: %s",
             type(self).__name__,
@@ -321,6 +324,77 @@ class LinearizedMixin:
             ", ".join(map(str, linearized)) or "none",
             scope="global",
         )
+
+    def load_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> set[str] | None:
+        """
+        Load what a checkpoint holds, as the stock class does.
+
+        vLLM does not miss the tensors of linear layers that are not quantized (0.32,
+        model_loader/default_loader.py, ``track_weights_loading``), and would serve
+        whatever their memory held.
+
+        :param weights: names and tensors: all, or, as in training, some
+        :return: names of the parameters that were loaded
+        :raises ValueError: for a tensor too many in a replaced layer, or, when every
+            other layer got its weights, one too few
+        """
+        loaded: set[str] | None = super().load_weights(self._checked(weights))  # type: ignore[misc]
+        layers: nn.ModuleList = self.get_submodule(self.architecture.layers)  # type: ignore[attr-defined]
+        untouched = set[int]()
+        maps: dict[int, set[str]] = {}
+        for index, layer in enumerate(layers):
+            prefix = f"{self.architecture.layers}.{index}."
+            names = {prefix + name for name, _ in layer.named_parameters()}
+            if index in self._linearized:
+                maps[index] = {name for name in names if _must_be_loaded(name)}
+                names -= maps[index]
+            if names and loaded is not None and names.isdisjoint(loaded):
+                untouched.add(index)
+        if loaded is None or untouched:  # weights of a few layers, to be exchanged
+            return loaded
+        for index, needed in maps.items():
+            check_tensors(
+                f"{self.architecture.layers}.{index}.",
+                self.architecture,
+                self._linearized[index],
+                missing=needed - loaded,
+                found=[],
+                checkpoint=self._checkpoint,
+            )
+        return loaded
+
+    def _checked(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Hand on the tensors of a checkpoint; refuse those of what was replaced."""
+        model_type = self.architecture.model_type
+        paths = {self.architecture.layers, ARCHITECTURES[model_type].layers}
+        replaced = {
+            f"{path}.{index}.": spec
+            for path in paths
+            for index, spec in self._linearized.items()
+        }
+        for name, tensor in weights:
+            for layer, spec in replaced.items():
+                if name.startswith(layer):
+                    check_tensors(
+                        layer,
+                        self.architecture,
+                        spec,
+                        missing=[],
+                        found=[name],
+                        checkpoint=self._checkpoint,
+                    )
+            yield name, tensor
+
+
+def _must_be_loaded(name: str) -> bool:
+    """Return whether a parameter of a replaced layer comes from the checkpoint."""
+    path, _, last = name.rpartition(".")
+    # The rest are scales, which depend on the quantization, and is the stock layer's.
+    return "linear" in path.split(".") and last in ("weight", "weight_packed", "bias")
 
 
 def _let_go_of_experts(model: nn.Module) -> None:

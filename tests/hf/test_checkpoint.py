@@ -255,6 +255,7 @@ def test_report_card_and_recipe(llama: Path, rows: Dataset, tmp_path: Path) -> N
         "config.json",
         "configuration_nbl.py",
         "generation_config.json",
+        "loading_nbl.py",
         "model.safetensors",
         "modeling_nbl.py",
         "nbl_report.json",

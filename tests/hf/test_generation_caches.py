@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import (
     CompileConfig,
+    ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
     QuantizedCache,
@@ -221,6 +222,28 @@ def test_left_padded_batch(family: str, layers: str, kind: str) -> None:
     for row, tokens in enumerate(rows):
         alone = generate(model, tokens, use_cache=False)
         assert torch.equal(together[row, PROMPT:], alone[0, tokens.shape[1] :])
+
+
+@families(*ARCHITECTURES)
+def test_continuous_batching(family: str) -> None:
+    """The paged cache: requests of several lengths, computed together."""
+    model = model_of(family, "most")
+    rows = [tokens_of(1, length) for length in (PROMPT, 4, 1)]
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": -1}
+    batch = model.generate_batch(
+        [row[0].tolist() for row in rows],
+        generation_config=GenerationConfig(
+            max_new_tokens=NEW_TOKENS, pad_token_id=0, **settings
+        ),
+        # by itself it takes most of the machine's memory
+        continuous_batching_config=ContinuousBatchingConfig(
+            block_size=WINDOW, num_blocks=32, max_batch_tokens=64
+        ),
+        progress_bar=False,
+    )
+    for row, request in zip(rows, batch.values(), strict=True):
+        expected = generate(model, row, use_cache=False)[0, row.shape[1] :]
+        assert request.generated_tokens == expected.tolist()
 
 
 def shorter(cache: Cache) -> Tensor:

@@ -127,6 +127,13 @@ def test_no_linearized_layer_is_the_stock_model() -> None:
         assert torch.equal(model(prompt()).logits, stock(prompt()).logits)
 
 
+def test_attention_can_be_exchanged() -> None:
+    model = model_class("LlamaForCausalLM", LLAMA)(skeleton({1: LinearizedLayer()}))
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
 def test_unknown_class_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match="NBLGPT2Model"):
         _ = modeling_nbl.NBLGPT2Model
