@@ -237,7 +237,8 @@ class Cost:
 
     def passes_of(self, phase: Phase) -> float:
         """Return the forward passes of one phase."""
-        return phase.layers / (self.num_layers * self.windows)
+        # there are no windows where all is read from statistics
+        return phase.layers / (self.num_layers * max(1, self.windows))
 
     def work(self, phase: Phase) -> float:
         """Return the work of a phase, in runs of a layer over a window."""

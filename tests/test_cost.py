@@ -139,3 +139,13 @@ def test_what_is_said() -> None:
         "1.0 forward passes over 10 windows with 640 tokens (measuring 1.0); "
         "statistics of a layer take up to 2.5 GB"
     )
+
+
+def test_what_is_read_from_statistics_costs_nothing() -> None:
+    settings = replace(PAPER, windows=0, measures=False)
+    progress = Progress(Cost(30, 0, 0, plan(settings)))
+    progress.start("selection")
+    progress.measured(0.5)
+    progress.ran(0)
+    assert (progress.passes, progress.part) == (0.0, 1.0)
+    assert progress.line == "NBL: selection, 0.0 of 0.0 passes"

@@ -122,7 +122,7 @@ def test_statistics_are_saved_by_their_owners(
     assert result.returncode == 0, result.stderr
     store = StatisticsStore.open(folder)
     assert all(index in store for index in range(4))
-    fit, heldout = store.load(3)
+    fit, heldout = store.load(3, "model.layers.3.self_attn")
     assert fit.num_tokens == 16 * 64
     assert heldout is None
     model = load(llama).to(torch.float64)
