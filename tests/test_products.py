@@ -255,8 +255,9 @@ class Watch(Modifier):
     def on_calibration_end(self, state: State, event: Any, **kwargs: Any) -> None:
         self.remove_hooks()
 
-    def _note(self, _module: nn.Module, args: Any, output: Tensor) -> None:
-        self._activations |= {args[0].dtype, output.dtype}
+    def _note(self, *args: Any) -> None:
+        _module, (x, *_), output = args
+        self._activations |= {x.dtype, output.dtype}
 
 
 def test_run_computes_in_float32_and_keeps_all_dtypes(
