@@ -196,7 +196,8 @@ def _faster_in_float32(dtype: torch.dtype) -> bool:
         wide = functional.linear(x.float(), weight.float()).to(dtype)
         (wide.float() @ weight.float()).to(dtype)
 
-    with torch.no_grad():
+    # A context around this one would compute the native products in float32, too.
+    with torch.no_grad(), torch._C.DisableTorchFunction():
         native, float32 = _seconds(forward_and_backward), _seconds(in_float32)
     gigaflops = 4 * rows * d_in * d_out / 1e9
     chosen = native > _LEAST_GAIN * float32
