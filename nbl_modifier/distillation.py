@@ -120,7 +120,7 @@ class Distillation:
                 "NBL: distillation brought the model no nearer to the original on "
                 "held-out windows, so the maps stay as they were fitted. Use a lower "
                 "distill_rate than {:g}, or more calibration samples.",
-                rate,
+                rate / _LOWERED,
             )
         return kept, best
 

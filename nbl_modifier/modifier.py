@@ -77,7 +77,7 @@ _PRESETS: dict[str | None, dict[str, Any]] = {
     "best": {
         "criterion": "kl_angle",
         "selection": "greedy",
-        "distill_epochs": 2,
+        "distill_epochs": 4,
         "input": "normalized",
     },
 }

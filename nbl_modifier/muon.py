@@ -51,13 +51,19 @@ class Muon:
             torch.zeros_like(each.parameter.detach()) for each in self._matrices
         ]
         vectors = [each for each in trained if each.parameter.ndim == 1]
-        self._adam = torch.optim.Adam(
-            [{"params": [each.parameter], "lr": each.step} for each in vectors],
-            betas=(0.9, 0.99),
-            eps=1e-15,  # the usual 1e-8 is what gradients of a large model may be
-        )
+        self._vectors = [
+            (
+                torch.optim.Adam(
+                    [each.parameter],
+                    lr=each.step,
+                    betas=(0.9, 0.99),
+                    eps=1e-15,  # 1e-8 is what gradients of a large model may be
+                ),
+                each.step,
+            )
+            for each in vectors
+        ]
         self._steps, self._done = steps, 0
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adam, self._scale)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -70,9 +76,10 @@ class Muon:
                 direction = orthogonalized(gradient + _MOMENTUM * momentum)
                 each.parameter.sub_(direction, alpha=each.step * scale)
                 each.parameter.grad = None
-        self._adam.step()
-        self._adam.zero_grad()
-        self._schedule.step()
+        for adam, size in self._vectors:
+            adam.param_groups[0]["lr"] = size * scale
+            adam.step()
+            adam.zero_grad()
         self._done += 1
 
     def _scale(self, step: int) -> float:

@@ -18,7 +18,7 @@ from nbl_modifier.cost import (
 )
 
 PAPER = Settings(num_layers=30, windows=96, held_out=0, candidates=range(30), count=8)
-BEST = replace(PAPER, held_out=24, tried=True, greedy=True, epochs=2, rates=3, few=12)
+BEST = replace(PAPER, held_out=24, tried=True, greedy=True, epochs=4, rates=3, few=12)
 
 
 def passes(settings: Settings) -> dict[str, float]:
@@ -58,7 +58,7 @@ def test_126_layers_of_which_any_may_be_chosen() -> None:
     settings = replace(BEST, num_layers=126, candidates=range(126), count=60)
     order = settings.spread()
     assert len(set(order)) == 60
-    assert sum(passes(settings).values()) > 100
+    assert sum(passes(settings).values()) > 50
 
 
 @pytest.mark.parametrize("count", [1, 7, 15])
@@ -95,13 +95,13 @@ def test_time_left_is_told_after_the_first_layer() -> None:
     clock.now += 2.0 * 10 + 7.0  # 10 windows through a layer, and its statistics
     progress.measured(7.0)
     progress.ran(10)
-    work = 30 + (60 + 4 * 5) + (10 + 2 * 10)
+    work = 30 + (60 + 4 * 5) + (10 + 10)
     assert progress.seconds_left() == pytest.approx(2.0 * work + 7.0 * (3 + 2))
     assert lines[-1] == "NBL: measuring, 0.2 of 2.8 passes, about 5 min left"
     progress.start("refit")  # whatever was left of the phase before
     assert progress.seconds_left() == pytest.approx(2.0 * (work - 30) + 7.0 * 2)
     progress.ran(1000, heads=1000)  # more than was planned takes nothing off the rest
-    assert progress.part == pytest.approx((40 + 80) / 150)
+    assert progress.part == pytest.approx((40 + 80) / 140)
     progress.start("distillation")
     progress.ran(10, backward=10)
     assert progress.part == 1.0

@@ -457,7 +457,7 @@ def test_layers_with_the_preset_leave_nothing_to_choose(
         paper.selection,
         paper.criterion,
     )
-    assert modifier.refit
+    assert modifier.input == "normalized"
     # as earlier versions saved it, with what the preset had filled in
     saved = NBLModifier(
         layers=[0, 2],
@@ -598,21 +598,21 @@ def test_statistics_serve_every_method_of_their_kind(
 
 
 @pytest.mark.parametrize(
-    ("fields", "input_", "refit"),
+    ("fields", "input_"),
     [
-        ({}, "normalized", True),
-        ({"rank": 8}, "normalized", True),
-        ({"kind": "block"}, "residual", True),
-        ({"method": "drop"}, "residual", False),
-        ({"estimator": "wo_wv"}, "normalized", False),
-        ({"estimator": "wo_wv", "input": "normalized"}, "normalized", False),
+        ({}, "normalized"),
+        ({"rank": 8}, "normalized"),
+        ({"kind": "block"}, "residual"),
+        ({"method": "drop"}, "residual"),
+        ({"estimator": "wo_wv"}, "normalized"),
+        ({"estimator": "wo_wv", "input": "normalized"}, "normalized"),
     ],
 )
 def test_preset_fills_in_what_has_a_meaning(
-    fields: dict[str, Any], input_: str, refit: bool
+    fields: dict[str, Any], input_: str
 ) -> None:
     modifier = NBLModifier(num_layers=2, preset="best", **fields)
     paper = NBLModifier(num_layers=2).criterion
     assert modifier.criterion != paper
-    assert (modifier.input, modifier.refit) == (input_, refit)
+    assert (modifier.input, modifier.refit) == (input_, False)
     assert (modifier.distill_epochs > 0) == (modifier.method == "linear")

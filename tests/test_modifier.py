@@ -402,7 +402,6 @@ def test_saved_recipe_replays(rows: Dataset, tmp_path: Path) -> None:
         "selection": "one_shot",
         "refit": False,
         "distill_epochs": 0,
-        "distill_rate": 0.4,
         "kind": "attention",
         "method": "linear",
         "estimator": "lmmse",

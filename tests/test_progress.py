@@ -36,7 +36,7 @@ def test_one_line_stands_at_a_terminal(
     compress(load(llama), [NBLModifier(num_layers=1, **ALL)], token_rows())
     shown = terminal.getvalue().split("\r")
     assert not any("Calibrating" in line for line in shown)
-    lines = [line for line in shown if "NBL: " in line and "passes" in line]
+    lines = [line for line in shown if line.startswith("NBL: ") and "|" in line]
     assert "left |" in lines[-1]
     assert pipeline.tqdm is tqdm  # theirs are back
 
@@ -48,7 +48,7 @@ def test_each_phase_is_logged_once_with_the_time_that_is_left(
     compress(load(llama), [modifier], token_rows())
     total = f"{modifier._progress.cost.passes:.1f} passes, about "
     lines = [line for line in logged if total in line]
-    phases = ["measuring", "selection", "refit", "distillation"]
+    phases = ["measuring", "selection", "distillation"]
     assert [line.split()[1] for line in lines] == [f"{name}," for name in phases]
     # after the first of four layers
     assert lines[0].startswith("NBL: measuring, 0.2 of ")

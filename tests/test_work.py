@@ -232,7 +232,13 @@ KNOWN: list[dict[str, Any]] = [
     {"num_layers": 2, "max_nmse": 1.0},
     {"num_layers": 2, "max_perplexity_increase": 10.0},
     {"layers": [1, 3], "refit": True},
-    {"layers": [0, 2], "refit": True, "criterion": "kl", "input": "normalized"},
+    {
+        "num_layers": 2,
+        "targets": [r"re:.*layers\.[02]\..*"],
+        "refit": True,
+        "criterion": "kl",
+        "input": "normalized",
+    },
     {"layers": [1, 2], "distill_epochs": 1},
     {"layers": [1, 2], "distill_epochs": 1, "distill_rate": 0.01},
 ]

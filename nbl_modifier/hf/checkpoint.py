@@ -50,6 +50,7 @@ _DESCRIPTION = ("config.json", "generation_config.json", "recipe.yaml", "README.
 # What was measured on its weights says nothing about the new ones.
 _MEASURED = (
     *("nbl_report.json", "nbl_evaluation.json", "nbl_measurements.json"),
+    "nbl_methods.json",
     *("nbl_benchmark.json", "nbl_benchmark.md", "nbl_ranking.json", "nbl_ranking.png"),
 )
 # Whatever a tokenizer or processor of transformers writes.
