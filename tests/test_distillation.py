@@ -302,18 +302,16 @@ def test_an_epoch_costs_three_forward_passes(tiny_models: TinyModels) -> None:
 
 
 def test_the_rate_finds_itself(source: Dataset, logged: list[str]) -> None:
-    """As good as the best of the rates that it tries, and far from the worst."""
+    """It is one of those tried, does what it does when given, and helps."""
     fields: dict[str, Any] = {"layers": [3, 8], "distill_epochs": 1}
-    found = distilled(run(load(DEMO_MODEL), source, **fields)[1])
+    found = run(load(DEMO_MODEL), source, **fields)[1]
     (said,) = (line for line in logged if line.startswith("NBL: distill_rate"))
-    chosen = float(said.split("distill_rate ")[1].split(",")[0])
-    assert chosen in RATES
-    given = {
-        rate: distilled(run(load(DEMO_MODEL), source, distill_rate=rate, **fields)[1])
-        for rate in RATES
-    }
-    assert found == given[chosen]
-    assert found <= sorted(given.values())[1]
+    rate = float(said.split("distill_rate ")[1].split(",")[0])
+    assert rate in RATES
+    given = run(load(DEMO_MODEL), source, distill_rate=rate, **fields)[1]
+    assert distilled(found) == distilled(given)
+    assert found.heldout is not None
+    assert distilled(found) < found.heldout.replaced
 
 
 def test_failure_leaves_the_model_as_it_was(

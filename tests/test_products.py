@@ -251,7 +251,7 @@ class Watch(Modifier):
         self._weights.update(each.dtype for each in state.model.parameters())
         for module in state.model.modules():
             if isinstance(module, nn.Linear):
-                self.register_hook(module, self._note, "forward")  # type: ignore[arg-type]
+                self.register_hook(module, self._note, "forward")
 
     def on_calibration_end(self, state: State, event: Any, **kwargs: Any) -> None:
         self.remove_hooks()
