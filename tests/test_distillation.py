@@ -303,7 +303,7 @@ def test_an_epoch_costs_three_forward_passes(tiny_models: TinyModels) -> None:
 
 def test_the_rate_finds_itself(source: Dataset, logged: list[str]) -> None:
     """It is one of those tried, does what it does when given, and helps."""
-    fields: dict[str, Any] = {"layers": [3, 8], "distill_epochs": 1}
+    fields: dict[str, Any] = {"layers": LAYERS, "distill_epochs": 2}
     found = run(load(DEMO_MODEL), source, **fields)[1]
     (said,) = (line for line in logged if line.startswith("NBL: distill_rate"))
     rate = float(said.split("distill_rate ")[1].split(",")[0])
