@@ -151,10 +151,10 @@ class Distillation:
             trained = {i: each.replacement() for i, each in maps.items()}
             trial = self._try(trained, gains)
             found[rate] = trial.kl if math.isfinite(trial.kl) else math.inf
-        gains = {rate: before - kl for rate, kl in found.items()}
+        gained = {rate: before - kl for rate, kl in found.items()}
         # A few windows bear a higher rate than many do.
-        enough = _ENOUGH * max(gains.values())
-        best = min((rate for rate in RATES if gains[rate] >= enough), default=RATES[0])
+        enough = _ENOUGH * max(gained.values())
+        best = min((rate for rate in RATES if gained[rate] >= enough), default=RATES[0])
         logger.info(
             "NBL: distill_rate {:g}, of the divergences after {} windows ({}; {:.5f} "
             "before)",

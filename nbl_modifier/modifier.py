@@ -137,9 +137,9 @@ class NBLModifier(Modifier):
         replacement, on the partly linear model (``greedy``)
     :param refit: fit the chosen layers again, in order of depth, to lead from the
         linearized model's residual stream to the original one's
-    :param distill_epochs: after all fits, train the maps, and nothing else, at most so
-        often over the calibration windows, until the model predicts as the original
-        one did; 0 leaves them as they are, in closed form
+    :param distill_epochs: after all fits, train the maps and the gains of the norms,
+        and nothing else, at most so often over the calibration windows, until the model
+        predicts as the original one did; 0 leaves both as they are
     :param distill_rate: learning rate of that: by how much one step may change an
         output of a map at most, over its standard deviation; dimensionless. Found on
         held-out windows if not given
