@@ -221,7 +221,12 @@ def main() -> int:
     failed = []
     RESULTS.mkdir(exist_ok=True)
     for name in [] if args.render else args.names:
-        result = run(name, args.environments)
+        try:
+            result = run(name, args.environments)
+        except subprocess.CalledProcessError as err:  # has said why
+            print(f"{name}: no environment ({err})", file=sys.stderr)
+            failed.append(name)
+            continue
         text = json.dumps(result, indent=2) + "\n"
         write_atomically(RESULTS / f"{name}.json", text)
         if not result["passed"]:

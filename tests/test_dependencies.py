@@ -39,7 +39,12 @@ def resolve(requirements: Sequence[str], python: str = "3.11") -> dict[str, str]
     """
     command = [sys.executable, "-m", "uv", "pip", "compile", "-", "--quiet"]
     command += ["--no-config", "--no-header", "--no-annotate", "--only-binary", ":all:"]
-    command += ["--python-version", python, "--python-platform", "x86_64-manylinux_2_35"]
+    command += [
+        "--python-version",
+        python,
+        "--python-platform",
+        "x86_64-manylinux_2_35",
+    ]
     try:
         done = subprocess.run(
             [*command, *index_of_pip()],
