@@ -38,6 +38,7 @@ from methods import (  # type: ignore[import-not-found]  # beside this script
     BEST,
     BLOCK_DROP,
     BLOCK_NBL,
+    CHOSEN,
     DROP,
     PAPER,
     RECIPES,
@@ -128,6 +129,9 @@ class Run:
     def cells(self) -> Iterator[Cell]:
         """Yield the models in an order in which a part of them is of use."""
         yield Cell(BASE, 0)
+        if BEST in self._args.methods:
+            # the others begin with its choices
+            yield Cell(BEST, max(self._args.m))
         first = [method for method in METHODS[:3] if method in self._args.methods]
         rest = [method for method in METHODS[3:] if method in self._args.methods]
         for methods in (first, rest):
@@ -217,7 +221,7 @@ class Run:
             load(self._args.model, getattr(torch, self._args.dtype)),
             self._tokenizer,
             self._texts.calibration,
-            NBLModifier(num_layers=cell.m, **RECIPES[cell.method]),
+            NBLModifier(**self._recipe(cell)),
             partial_folder,
             self._args.output / "statistics",
             batch_size=self._args.batch_size,
@@ -225,10 +229,23 @@ class Run:
         )
         partial_folder.rename(checkpoint)
         report = NBLReport.load(checkpoint / REPORT_FILE_NAME)
-        described = self._described(cell, load(checkpoint), report.selected_layers)
+        order = [layer.index for layer in report.ranking if layer.selected]
+        described = self._described(cell, load(checkpoint), order)
         self.results.write(cell, described, clock)
         layers = ", ".join(map(str, report.selected_layers))
         print(f"{cell.name}: layers {layers}, {clock.seconds:,.0f} s", flush=True)
+
+    def _recipe(self, cell: Cell) -> dict[str, Any]:
+        """Return the fields of NBLModifier."""
+        recipe = {"num_layers": cell.m, **RECIPES[cell.method]}
+        if cell.method != BEST:
+            return recipe
+        # A greedy search takes the same layers first however many it is to take, so
+        # the longest one is enough.
+        longest = self.results.read(Cell(BEST, max(self._args.m)))
+        if longest is None or cell.m >= longest["m"]:
+            return recipe
+        return CHOSEN | {"layers": longest["order"][: cell.m]}
 
     def _sliced(self, cell: Cell) -> PreTrainedModel:
         """Return SliceGPT's model with as many parameters as NBL's, or fewer."""
@@ -256,8 +273,9 @@ class Run:
         return {
             "method": cell.method,
             "m": cell.m,
-            "recipe": RECIPES.get(cell.method),
+            "recipe": self._recipe(cell) if cell.method in RECIPES else None,
             "layers": sorted(layers),
+            "order": layers,
             "num_parameters": sum(weight.numel() for weight in model.parameters()),
             "kv_cache": kept / int(self._config.num_hidden_layers),
         }

@@ -19,7 +19,7 @@ from integration_tests.rows import DEMO_MODEL, Row
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--results`` and ``--part``."""
+    """Add ``--results``, ``--part`` and ``--later``."""
     parser.addoption(
         "--results",
         type=Path,
@@ -32,14 +32,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="I/N",
         help="run the I-th of N parts of the tests, for N processes side by side",
     )
+    parser.addoption(
+        "--later",
+        metavar="NAME",
+        help="what is run goes beside the last full run's results, under this name",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Collect results if they are wanted."""
     path = config.getoption("--results")
     if path is not None:
-        part = config.getoption("--part").replace("/", "_of_")
-        config.pluginmanager.register(Recorder(path / f"part_{part}.json"))
+        part, later = config.getoption("--part"), config.getoption("--later")
+        name = f"later_{later}" if later else f"part_{part.replace('/', '_of_')}"
+        config.pluginmanager.register(Recorder(path / f"{name}.json"))
 
 
 def pytest_collection_modifyitems(

@@ -1,7 +1,8 @@
 """
 Outcomes of the rows that are cells of the support table, with what they ran on.
 
-``pytest integration_tests --results FOLDER`` writes them, ``--part I/N`` its part.
+``pytest integration_tests --results FOLDER`` writes them, ``--part I/N`` its part. With
+``--later NAME`` they add to a full run's, until the next one.
 """
 
 import json
@@ -92,17 +93,26 @@ def read_results(folder: Path) -> dict[str, Any]:
     """
     Return the results of a full run, put together from those of its parts.
 
+    Cells of later runs take the place of its own, and ``later`` has what they ran on.
+
     :param folder: what ``--results`` wrote
     :raises ValueError: if a cell was not run, or the parts are of different code
     """
-    parts = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("part_*.json"))
-    ]
+    parts, later = (
+        [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(folder.glob(pattern))
+        ]
+        for pattern in ("part_*.json", "later_*.json")
+    )
+    later.sort(key=lambda run: run["date"])
     ran = {json.dumps(part["versions"], sort_keys=True) for part in parts}
     if len(ran) != 1:
         raise ValueError(f"{folder}: the parts are of {len(ran)} versions, not of one.")
-    cells = {name: row for part in parts for name, row in part["cells"].items()}
+    cells: dict[str, dict[str, str]] = {}
+    for run in parts + later:
+        for family, row in run["cells"].items():
+            cells.setdefault(family, {}).update(row)
     missing = [
         f"{family}-{feature}"
         for family in families()
@@ -119,6 +129,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         "failures": sum(part["failures"] for part in parts),
         "versions": parts[0]["versions"],
         "cells": cells,
+        "later": later,
     }
 
 

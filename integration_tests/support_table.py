@@ -34,10 +34,6 @@ def render(results: dict[str, Any]) -> str:
         cells = [CELLS[results["cells"][name][feature]] for feature in headings]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     ran = results["versions"]
-    compress, serve = (
-        ", ".join(f"{name} {version}" for name, version in ran[side].items())
-        for side in ("compress", "serve")
-    )
     return "\n".join(
         [
             *lines,
@@ -48,9 +44,39 @@ def render(results: dict[str, Any]) -> str:
             f"and {results['failures']} failed in {results['minutes']} minutes, "
             f"{results['processes']} processes side by side; "
             f"commit {ran['commit']}, Python {ran['python']}.",
-            f"Compressed with {compress}; served with {serve}.",
+            _environments(ran),
+            *(line for later in results["later"] for line in _later(later)),
         ]
     )
+
+
+def _environments(ran: dict[str, Any]) -> str:
+    """Return both environments' packages."""
+    compress, serve = (
+        ", ".join(f"{name} {version}" for name, version in ran[side].items())
+        for side in ("compress", "serve")
+    )
+    return f"Compressed with {compress}; served with {serve}."
+
+
+def _later(run: dict[str, Any]) -> list[str]:
+    """Return what a run after the full one was of, and what on."""
+    of_features: dict[str, list[str]] = {}
+    for family, cells in run["cells"].items():
+        for feature in cells:
+            of_features.setdefault(features()[feature], []).append(families()[family])
+    together: dict[str, list[str]] = {}
+    for heading, titles in of_features.items():
+        where = "" if len(titles) == len(families()) else f" ({', '.join(titles)})"
+        together.setdefault(where, []).append(heading)
+    what = "; ".join(f"{', '.join(names)}{where}" for where, names in together.items())
+    ran = run["versions"]
+    return [
+        "",
+        f"Run after it, on {run['date']}: {what}. {run['tests']} tests passed and "
+        f"{run['failures']} failed; commit {ran['commit']}, Python {ran['python']}.",
+        _environments(ran),
+    ]
 
 
 def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:

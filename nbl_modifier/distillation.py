@@ -1,11 +1,14 @@
 """
-Training the maps, and nothing else, until the whole model predicts as the original did.
+Training the maps until the whole model predicts as the original did.
 
 A fit, and a refit, weigh every direction of the residual stream alike; what the layers
 behind make of an error they cannot know. Here the error that counts is the divergence
 of the next-token distributions (Hinton et al. 2015, arXiv:1503.02531), on the same
 calibration windows, without labels. The fitted maps are where it starts, and an epoch
 that does not help on held-out windows is not kept.
+
+With the maps, the gains of the layers' norms are trained, a few thousand numbers: they
+let the layers that are kept weigh anew what the maps cannot tell them.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import replace
 
 import torch
+from compressed_tensors.offload import update_offload_parameter
 from loguru import logger
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -40,6 +44,8 @@ _LEAST_GAIN = 0.01
 _LOWERED = 1 / 3
 # Of the gain of the best rate tried, what a lower one must have to be taken instead.
 _ENOUGH = 0.75
+# A step changes a gain by this part of what it changes a map by, both relative.
+_GAIN_RATE = 0.02
 #: Learning rates that are tried where none is given, each on so many windows; as many
 #: give the spread of what the maps read.
 RATES, FEW_WINDOWS = (0.03, 0.1, 0.3), 12
@@ -81,6 +87,8 @@ class Distillation:
         an input as large as inputs are. What sets its size is no gradient, so a few
         massive tokens do not.
 
+        The trained gains are put into the model, which is as it was if this fails.
+
         :param replacements: with weights, by decoder layer index
         :param epochs: passes over the windows, >= 1
         :param rate: learning rate, dimensionless; None: the one of a few that brings
@@ -88,18 +96,20 @@ class Distillation:
         """
         layers, architecture = self._forward.layers, self._architecture
         kept, best = dict(replacements), self._trials.together(replacements)
-        before = best.kl
+        before, kept_gains = best.kl, dict[nn.Module, Tensor]()
+        for number in range(len(self._windows.batches)):
+            self._original.run(number)  # while the gains are the original's
         with self._frozen(), replaced(layers, architecture, replacements) as undone:
             self._undone = undone
             inputs = self._inputs(replacements)
             if rate is None:
                 rate = self._find_rate(replacements, inputs, before)
-            maps = _maps(replacements, inputs)
+            maps, gains = _maps(replacements, inputs), self._gains(min(replacements))
             for epoch in range(epochs):
                 # Each epoch anneals: what is measured at its end is at rest.
-                self._train(maps, rate, self._shuffled(epoch))
+                self._train(maps, gains, rate, self._shuffled(epoch))
                 trained = {i: each.replacement() for i, each in maps.items()}
-                trial = self._try(trained)
+                trial = self._try(trained, gains)
                 gained = best.kl - trial.kl
                 logger.info(
                     "NBL: distillation, epoch {} of at most {}: divergence from the "
@@ -111,8 +121,11 @@ class Distillation:
                 )
                 if not gained > 0:  # so, too, if it is not a number
                     maps, rate = _maps(kept, inputs), rate * _LOWERED
+                    for gain in gains:
+                        gain.restart(kept_gains.get(gain.norm))
                     continue
                 kept, best = trained, trial
+                kept_gains = {gain.norm: gain.stored().detach() for gain in gains}
                 if gained < _LEAST_GAIN * before:
                     break
         if best.kl == before:
@@ -122,6 +135,8 @@ class Distillation:
                 "distill_rate than {:g}, or more calibration samples.",
                 rate / _LOWERED,
             )
+        for norm, values in kept_gains.items():
+            update_offload_parameter(norm, "weight", values)
         return kept, best
 
     def _find_rate(
@@ -131,14 +146,15 @@ class Distillation:
         numbers = self._shuffled(0)[:FEW_WINDOWS]
         found = dict[float, float]()
         for rate in RATES:
-            maps = _maps(replacements, inputs)
-            self._train(maps, rate, numbers)
-            trial = self._try({i: each.replacement() for i, each in maps.items()})
+            maps, gains = _maps(replacements, inputs), self._gains(min(replacements))
+            self._train(maps, gains, rate, numbers)
+            trained = {i: each.replacement() for i, each in maps.items()}
+            trial = self._try(trained, gains)
             found[rate] = trial.kl if math.isfinite(trial.kl) else math.inf
-        gains = {rate: before - kl for rate, kl in found.items()}
+        gained = {rate: before - kl for rate, kl in found.items()}
         # A few windows bear a higher rate than many do.
-        enough = _ENOUGH * max(gains.values())
-        best = min((rate for rate in RATES if gains[rate] >= enough), default=RATES[0])
+        enough = _ENOUGH * max(gained.values())
+        best = min((rate for rate in RATES if gained[rate] >= enough), default=RATES[0])
         logger.info(
             "NBL: distill_rate {:g}, of the divergences after {} windows ({}; {:.5f} "
             "before)",
@@ -149,9 +165,22 @@ class Distillation:
         )
         return best
 
-    def _try(self, trained: Mapping[int, Replacement]) -> Trial:
-        with self._undone():
+    def _try(
+        self, trained: Mapping[int, Replacement], gains: Sequence[_TrainedGain]
+    ) -> Trial:
+        with self._undone(), _using(gains):
             return self._trials.together(trained)
+
+    def _gains(self, start: int) -> list[_TrainedGain]:
+        """Return those of the norms from a decoder layer on; the head's stays."""
+        return [
+            _TrainedGain(module)
+            for layer in self._forward.layers[start:]
+            for module in layer.modules()
+            if type(module).__name__.endswith("Norm")
+            and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+            and weight.ndim == 1
+        ]
 
     def _shuffled(self, epoch: int) -> list[int]:
         """Return the numbers of the windows, in the order of an epoch in any run."""
@@ -162,11 +191,13 @@ class Distillation:
     def _train(
         self,
         maps: Mapping[int, _TrainedMap],
+        gains: Sequence[_TrainedGain],
         rate: float,
         numbers: Sequence[int],
     ) -> None:
         """Take a step on each window, in the order of ``numbers``."""
         trained = [each for m in maps.values() for each in m.trained(rate)]
+        trained += [gain.trained(rate) for gain in gains]
         optimizer = Muon(trained, len(numbers))
         with self._running(maps):
             for number in numbers:
@@ -176,8 +207,8 @@ class Distillation:
                     with self._undone():
                         original = self._original.of(number)
                     batch, start = self._windows.batches[number], min(maps)
-                    logits = self._forward.differentiable_logits(batch, start)
-                    with torch.enable_grad():
+                    with torch.enable_grad(), _using(gains):
+                        logits = self._forward.differentiable_logits(batch, start)
                         (divergence(targets, logits, original) / count).backward()
                 optimizer.step()
 
@@ -309,6 +340,58 @@ class _TrainedMap:
             weight, reduce = self._expand.to(dtype), inner
             shift = weight.to(wide) @ shift
         return weight, (self._bias - shift).to(dtype), reduce
+
+
+class _TrainedGain:
+    """
+    The gains of a norm, to be trained in float32.
+
+    :param norm: with a weight ``[d]``
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.norm = norm
+        self._start = norm.get_parameter("weight").detach()
+        wide = torch.promote_types(self._start.dtype, torch.float32)
+        self._parameter = nn.Parameter(self._start.to(wide, copy=True))
+        # Of some families a weight of zero is a gain of one.
+        ones = torch.ones_like(self._start)
+        with _shadowed(norm, torch.zeros_like(ones)), torch.no_grad():
+            neutral = float(norm(ones).norm()) > 0
+        gains = self._parameter.detach() + float(neutral)
+        self._size = float(gains.abs().mean())
+
+    def restart(self, values: Tensor | None) -> None:
+        """Go on from ``values``, ``[d]``; None: from where it started."""
+        self._parameter.data.copy_(self._start if values is None else values)
+
+    def trained(self, rate: float) -> Trained:
+        """Return the parameter and its step; ``rate`` is the maps'."""
+        return Trained(self._parameter, _GAIN_RATE * rate * self._size)
+
+    def stored(self) -> Tensor:
+        """Return what the checkpoint will hold, ``[d]``, in the model's dtype."""
+        return self._parameter.to(self._start.dtype)
+
+
+@contextmanager
+def _using(gains: Sequence[_TrainedGain]) -> Iterator[None]:
+    """Let norms compute with trained gains, differentiable in them."""
+    with ExitStack() as stack:
+        for gain in gains:
+            stack.enter_context(_shadowed(gain.norm, gain.stored()))
+        yield
+
+
+@contextmanager
+def _shadowed(norm: nn.Module, weight: Tensor) -> Iterator[None]:
+    """Let a norm see another weight, wherever its own may be."""
+    # an attribute comes before a parameter of that name
+    vars(norm)["weight"] = weight
+    try:
+        yield
+    finally:
+        del vars(norm)["weight"]
 
 
 class _ChannelSums:

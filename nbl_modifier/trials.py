@@ -58,12 +58,21 @@ class OriginalLogits:
 
         :param number: of the batch
         """
+        self.run(number)
         batch, end = self._windows.batches[number], len(self._forward.layers)
+        return self._forward.logits(batch, self._streams[number], end)
+
+    def run(self, number: int) -> None:
+        """
+        Run the original model on a batch, unless it has.
+
+        :param number: of the batch
+        """
         if number not in self._streams:
+            batch, end = self._windows.batches[number], len(self._forward.layers)
             stream = self._forward.hidden_states(batch, end)
             assert stream is not None
             self._streams[number] = stream.cpu()
-        return self._forward.logits(batch, self._streams[number], end)
 
 
 class Trials:

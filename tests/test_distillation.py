@@ -37,6 +37,7 @@ from tests.work import count_flops
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS = [0, 2, 3, 4, 8, 9, 11, 15]
+NUM_LAYERS = 16
 
 
 def run(
@@ -75,7 +76,7 @@ def only(layers: list[int]) -> dict[str, Any]:
 def test_a_trained_model_comes_nearer_to_the_original(
     source: Dataset, fields: dict[str, Any]
 ) -> None:
-    """On windows that nothing was trained on, by the maps alone."""
+    """On windows that nothing was trained on, by maps and norms alone."""
     fields = {**only(LAYERS), "refit": True, **fields}
     before, _ = run(load(DEMO_MODEL), source, criterion="kl", **fields)
     after, report = run(load(DEMO_MODEL), source, distill_epochs=2, **fields)
@@ -87,7 +88,17 @@ def test_a_trained_model_comes_nearer_to_the_original(
     assert before.keys() == after.keys()
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     maps = {name for name in after if ".linear." in name}
-    assert changed == maps
+    norms = {
+        f"model.layers.{index}.{norm}_layernorm.weight"
+        for index in range(min(LAYERS), NUM_LAYERS)
+        for norm in ("input", "post_attention")
+    }
+    unread = {f"model.layers.{index}.input_layernorm.weight" for index in LAYERS}
+    assert maps <= changed <= maps | norms
+    if report.input == "normalized":
+        unread = set()
+    # rounding may leave one as it was
+    assert len(changed - maps) > 0.8 * len(norms - unread)
     assert {after[name].dtype for name in maps} == {torch.bfloat16}
 
 
@@ -301,6 +312,34 @@ def test_an_epoch_costs_three_forward_passes(tiny_models: TinyModels) -> None:
     assert flops[1] - orthogonalizing < (3 + 1 + 1 + 3 / 8) * pass_
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "olmo2", "qwen3"])
+def test_trained_gains_are_what_the_model_computes_with(
+    tiny_models: TinyModels, family: str
+) -> None:
+    """Of families whose norms add one to their weights, too."""
+    model = load(tiny_models(family)).eval()
+    architecture = architecture_of(model.config.model_type)
+    forward = PartialForward(model, architecture)
+    windows = Windows(padded_batches(8))
+    trials = Trials(forward, architecture, windows)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    distillation = Distillation(forward, architecture, windows, trials)
+    start = {1: dense(1, model.config.hidden_size)}
+    trained, trial = distillation.run(start, epochs=1, rate=0.1)
+    changed = {
+        name: (weight.float() - weights[name].float()).abs().max()
+        for name, weight in model.state_dict().items()
+        if not torch.equal(weight, weights[name])
+    }
+    assert changed
+    assert all("norm" in name for name in changed)
+    # relative to a gain of about one
+    steps = sum(len(batch["input_ids"]) for batch in windows.batches)
+    assert 0 < max(changed.values()) < 1.5 * 0.02 * 0.1 * steps
+    # the original's predictions were computed before
+    assert trials.together(trained).kl == pytest.approx(trial.kl, rel=1e-5)
+
+
 def test_the_rate_finds_itself(source: Dataset, logged: list[str]) -> None:
     """It is one of those tried, does what it does when given, and helps."""
     fields: dict[str, Any] = {"layers": LAYERS, "distill_epochs": 2}
@@ -321,6 +360,7 @@ def test_failure_leaves_the_model_as_it_was(
     architecture = architecture_of("llama")
     forward = PartialForward(model, architecture)
     modules = list(model.named_modules())
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     windows = Windows(padded_batches(4))
     trials = Trials(forward, architecture, windows)
 
@@ -333,7 +373,11 @@ def test_failure_leaves_the_model_as_it_was(
         distillation.run({1: dense(1, model.config.hidden_size)}, epochs=1, rate=0.1)
     assert list(model.named_modules()) == modules
     assert all(weight.requires_grad for weight in model.parameters())
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not {"forward", "weight"} & {
+        name for module in model.modules() for name in vars(module)
+    }
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
 
 
 # --- what it needs --------------------------------------------------------------------

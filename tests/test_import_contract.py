@@ -46,7 +46,7 @@ LAYERS = {
     "modifier": Layer(
         ours="search distillation reuse store calibration progress cost composition"
         " saving smoothing preflight fitting methods surgery upstream products report"
-        " hf architectures selection",
+        " hf architectures selection kv_cache",
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
     ),
     "search": Layer(
@@ -124,14 +124,15 @@ LAYERS = {
     ),
     "roofline": Layer(),
     "products": Layer(packages="torch", lazy="loguru"),
-    "report": Layer(lazy="matplotlib"),
+    "report": Layer(ours="kv_cache", lazy="matplotlib"),
     "data": Layer(lazy="torch transformers datasets"),
     "vllm_plugin": Layer(ours="hf architectures", packages="vllm torch transformers"),
     "hf": Layer(
         ours="architectures", packages="torch transformers safetensors", lazy="peft"
     ),
     "architectures": Layer(),
-    "selection": Layer(),
+    "selection": Layer(ours="kv_cache"),
+    "kv_cache": Layer(),
     "numerics": Layer(packages="torch", lazy="scipy"),
     # The facade names the modifier for type checkers; it must not run that import.
     "__init__": Layer(ours="modifier"),

@@ -52,6 +52,20 @@ def test_parts_are_put_together(tmp_path: Path) -> None:
     assert results["cells"].keys() == families().keys()
 
 
+def test_what_a_later_run_found_takes_its_place(tmp_path: Path) -> None:
+    cells = {family: dict.fromkeys(features(), "passed") for family in families()}
+    del cells["llama"]["tp"]
+    write_parts(tmp_path, cells)
+    versions = read_results(RESULTS)["versions"] | {"commit": "def"}
+    later = {"date": "2026-01-02", "minutes": 1, "tests": 1, "failures": 1}
+    later |= {"versions": versions, "cells": {"llama": {"tp": "failed"}}}
+    (tmp_path / "later_x.json").write_text(json.dumps(later), encoding="utf-8")
+    results = read_results(tmp_path)
+    assert results["cells"]["llama"]["tp"] == "failed"
+    results["versions"] = versions
+    assert "on 2026-01-02: TP (Llama). 1 tests passed and 1 failed" in render(results)
+
+
 def test_a_cell_that_was_not_run_is_an_error(tmp_path: Path) -> None:
     cells = {family: dict.fromkeys(features(), "passed") for family in families()}
     del cells["llama"]["tp"]
