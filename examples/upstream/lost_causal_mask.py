@@ -2,8 +2,8 @@
 """
 llm-compressor calibrates Mistral, Mixtral, Phi-3 and Qwen3-MoE without a causal mask.
 
-Where a model hands its configuration to the function that makes the mask, the sequential
-pipeline makes a new one of ``config.to_dict()`` (llmcompressor 0.14.0.1,
+Where a model hands its configuration to the function that makes the mask, the
+sequential pipeline makes a new one of ``config.to_dict()`` (llmcompressor 0.14.0.1,
 pipelines/sequential/helpers.py, ``SequentialTracer.create_arg``). That has no
 ``_attn_implementation``, and without it transformers makes no mask. All that is
 calibrated in that pipeline sees activations of a model that looks into the future.

@@ -3,9 +3,9 @@
 llm-compressor saves the configuration that the model was loaded with.
 
 Its ``save_pretrained`` puts the original's ``config.json`` back, with a few fields of
-its own brought up to date (llmcompressor 0.14.0.1,
-transformers/compression/compressed_tensors_utils.py, ``resave_config``). What a modifier
-of another package has changed in the configuration is lost without a word.
+its own brought up to date (llmcompressor 0.14.0.1, ``resave_config`` in
+transformers/compression/compressed_tensors_utils.py). What a modifier of another
+package has changed in the configuration is lost without a word.
 """
 
 import json
