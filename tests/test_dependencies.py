@@ -25,7 +25,7 @@ SERVING = ["vllm==0.30.0", "vllm==0.31.0", "vllm==0.32.0", "vllm==0.33.0"]
 COMPRESSING = "llmcompressor==0.14.0.1"
 
 
-class Unresolvable(Exception):
+class UnresolvableError(Exception):
     """The resolver found no versions, and says why."""
 
 
@@ -35,7 +35,7 @@ def resolve(requirements: Sequence[str], python: str = "3.11") -> dict[str, str]
 
     :param requirements: as in a requirements file
     :param python: version of the interpreter to install for
-    :raises Unresolvable: if nothing meets all of them
+    :raises UnresolvableError: if nothing meets all of them
     """
     command = [sys.executable, "-m", "uv", "pip", "compile", "-", "--quiet"]
     command += ["--no-config", "--no-header", "--no-annotate", "--only-binary", ":all:"]
@@ -57,7 +57,7 @@ def resolve(requirements: Sequence[str], python: str = "3.11") -> dict[str, str]
     except subprocess.TimeoutExpired:
         pytest.skip(f"the package index took more than {SECONDS} s")
     if done.returncode:
-        raise Unresolvable(done.stderr)
+        raise UnresolvableError(done.stderr)
     pinned = (line.partition("==") for line in done.stdout.splitlines())
     return {name: version for name, separator, version in pinned if separator}
 
@@ -89,7 +89,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def index() -> None:
     try:
         resolve(["safetensors==0.8.0"])
-    except Unresolvable as err:
+    except UnresolvableError as err:
         pytest.skip(f"the package index cannot be reached: {err}")
 
 
@@ -119,7 +119,7 @@ def test_neighbours_keep_their_versions(
 def test_an_upper_bound_would_be_noticed() -> None:
     """What version 0.1.0 asked for: nothing to install, or another torch."""
     bound = "torch>=2.13,<2.14"
-    with pytest.raises(Unresolvable, match=r"torch==2\.14"):
+    with pytest.raises(UnresolvableError, match=r"torch==2\.14"):
         resolve(["vllm==0.33.0", bound])
     alone, beside = resolve([COMPRESSING]), resolve([COMPRESSING, bound])
     assert beside["torch"] != alone["torch"]
@@ -127,5 +127,5 @@ def test_an_upper_bound_would_be_noticed() -> None:
 
 def test_vllm_and_llmcompressor_exclude_each_other() -> None:
     """Why README speaks of two environments; it is not this package's doing."""
-    with pytest.raises(Unresolvable, match="compressed-tensors"):
+    with pytest.raises(UnresolvableError, match="compressed-tensors"):
         resolve(["vllm==0.33.0", COMPRESSING])
