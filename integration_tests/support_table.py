@@ -1,9 +1,9 @@
 """
-Writes the support table into README.md, from the results of the last full run.
+Writes the support table into docs/support.md, from the results of the last full run.
 
     python -m integration_tests.support_table
 
-No cell is filled by hand: ``tests/test_support_table.py`` fails if README.md differs.
+No cell is filled by hand: ``tests/test_support_table.py`` fails if docs/support.md differs.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from integration_tests.results import read_results
 from integration_tests.rows import ROOT, Row, families, features, rows
 
 RESULTS = Path(__file__).with_name("results")
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "support.md"
 BEGIN = "<!-- support table: python -m integration_tests.support_table -->"
 END = "<!-- end of support table -->"
 CELLS = {"passed": "yes", "unsupported": "no (vLLM)", "failed": "fails"}
@@ -99,20 +99,20 @@ def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:
     ]
 
 
-def replaced(readme: str, table: str) -> str:
-    """Return README.md's text with the table between its two markers."""
-    before, begin, rest = readme.partition(BEGIN)
+def replaced(page: str, table: str) -> str:
+    """Return docs/support.md's text with the table between its two markers."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md lacks the lines {BEGIN!r} and {END!r}.")
+        raise ValueError(f"docs/support.md lacks the lines {BEGIN!r} and {END!r}.")
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def main() -> None:
-    """Write the table into README.md."""
+    """Write the table into docs/support.md."""
     results = read_results(RESULTS)
-    text = README.read_text(encoding="utf-8")
-    README.write_text(replaced(text, render(results)), encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(replaced(text, render(results)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from integration_tests.rows import families, features
 from integration_tests.support_table import (
     BEGIN,
     END,
-    README,
+    PAGE,
     RESULTS,
     render,
     replaced,
@@ -19,7 +19,7 @@ from integration_tests.support_table import (
 
 
 def test_markers_must_be_there() -> None:
-    with pytest.raises(ValueError, match="README.md lacks the lines"):
+    with pytest.raises(ValueError, match="docs/support.md lacks the lines"):
         replaced("no table here", "table")
     assert replaced(f"a\n{BEGIN}\nold\n{END}\nb", "new").splitlines() == [
         "a", BEGIN, "", "new", "", END, "b",
@@ -74,9 +74,9 @@ def test_a_cell_that_was_not_run_is_an_error(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
-def test_readme_has_the_stored_results() -> None:
-    readme = README.read_text(encoding="utf-8")
-    assert replaced(readme, render(read_results(RESULTS))) == readme
+def test_the_page_has_the_stored_results() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert replaced(page, render(read_results(RESULTS))) == page
 
 
 def test_a_failed_cell_shows() -> None:
