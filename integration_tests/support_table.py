@@ -3,7 +3,7 @@ Writes the support table into docs/support.md, from the results of the last full
 
     python -m integration_tests.support_table
 
-No cell is filled by hand: ``tests/test_support_table.py`` fails if docs/support.md differs.
+No cell is filled by hand: ``tests/test_support_table.py`` fails if the page differs.
 """
 
 from pathlib import Path
