@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from nbl_modifier.kv_cache import KVCache, format_bytes
+
 from .blocks import Item, Table, Text, code
 from .collect import Checkpoint, ModelGroup
-from .kv_cache import KVCache, format_bytes
 
 __all__ = ["kv_cache_section"]
 
