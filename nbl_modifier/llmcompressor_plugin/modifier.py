@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -33,6 +33,7 @@ from nbl_modifier.criteria import TRIED
 from nbl_modifier.hf.checkpoint import check_output_directory, convert_in_place
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer, NBLConfigMixin
 from nbl_modifier.hf.modeling_nbl import decoder_layers
+from nbl_modifier.kv_cache import KVCache
 from nbl_modifier.layer_statistics.sources import Needs, Sources, open_sources
 from nbl_modifier.layer_statistics.store import StatisticsStore
 from nbl_modifier.layer_statistics.windows import CalibrationData, rewind_generator
@@ -47,7 +48,13 @@ from nbl_modifier.replacement.candidates import (
 from nbl_modifier.replacement.realize import check_weights_map
 from nbl_modifier.replacement.surgery import drop_restored_norms, replace
 from nbl_modifier.report.tables import ranking_table
-from nbl_modifier.search.budget import Budget, count_layers, explain
+from nbl_modifier.search.budget import (
+    Budget,
+    count_for_kv_cache,
+    count_layers,
+    explain,
+    frees_nothing,
+)
 from nbl_modifier.search.distillation import FEW_WINDOWS, RATES
 from nbl_modifier.search.path import Outcome, find_replacements
 
@@ -109,7 +116,10 @@ class NBLModifier(Modifier):
         ``num_layers``; only these are measured
     :param kv_cache_reduction: the part of the base model's KV cache to free at least,
         in (0, 1], instead of ``num_layers``: of K layers, all alike, the best-ranked
-        ``ceil(kv_cache_reduction * K)``, those of earlier runs included
+        ``ceil(kv_cache_reduction * K)``, those of earlier runs included. Of layers of
+        several kinds, as many of each as free so much in vLLM
+    :param kv_cache_context: tokens of a sequence that its KV cache is counted for, the
+        model's maximum if not given; where all layers are alike, it makes no difference
     :param max_nmse: replace only layers whose linear map has at most this NMSE on
         held-out tokens; alone, all of them
     :param max_perplexity_increase: replace layers, in the order of the ranking, as
@@ -169,6 +179,7 @@ class NBLModifier(Modifier):
     num_layers: int | None = Field(default=None, ge=1)
     layers: list[int] | None = None
     kv_cache_reduction: float | None = Field(default=None, gt=0.0, le=1.0)
+    kv_cache_context: int | None = Field(default=None, ge=1, le=2**31)
     max_nmse: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
     max_perplexity_increase: float | None = Field(
         default=None, ge=0.0, allow_inf_nan=False
@@ -401,7 +412,8 @@ class NBLModifier(Modifier):
         # have drawn: on_calibration_end puts the generator back.
         self._generator_state = rewind_generator()
         # Any layer may turn out to be chosen, unless these scores alone decide.
-        all_of_them = self._holds_out or self.selection == "greedy"
+        greedy = self.selection == "greedy"
+        all_of_them = self._holds_out or greedy or bool(self._budget.quota)
         self._calibration = self._new_calibration(
             state.model,
             len(self._candidates) if all_of_them else self._budget.num_layers,
@@ -496,6 +508,7 @@ class NBLModifier(Modifier):
         binding = self._report.binding
         logger.info("NBL replaces {}: {}", sorted(outcome.replacements), binding)
         model: PreTrainedModel = state.model
+        self._warn_if_nothing_is_freed(model, outcome.replacements)
         layers = decoder_layers(model, self._architecture)
         replace(layers, self._architecture, outcome.replacements)
         # From here on the model must not be saved as what it no longer is, not even
@@ -509,6 +522,18 @@ class NBLModifier(Modifier):
         if self._followers is not None:
             mixed = smoothing.MixedModel(model, self._architecture, self._linearized)
             self._followers.refresh(state, mixed)
+
+    def _warn_if_nothing_is_freed(
+        self, model: PreTrainedModel, replaced: Collection[int]
+    ) -> None:
+        assert self._report is not None
+        if self._report.kv_cache_left is None:
+            return
+        cache, _ = self._kv_caches(model)
+        length = self._context(model)
+        nothing = frees_nothing(cache, replaced, self._candidates, length)
+        if nothing is not None:
+            logger.warning("NBL: {}", nothing)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
         """Make model and configuration those of a linearized checkpoint."""
@@ -639,6 +664,10 @@ class NBLModifier(Modifier):
         found = candidate_layers(
             model, self._architecture, self.targets, self.ignore, self.kind
         )
+        limits: dict[str, Any] = {
+            "max_nmse": self.max_nmse,
+            "max_perplexity_increase": self.max_perplexity_increase,
+        }
         if self.layers is not None:
             missing = [index for index in self.layers if index not in found]
             if missing:
@@ -648,18 +677,61 @@ class NBLModifier(Modifier):
                 )
             found = {index: found[index] for index in self.layers}
             count, reason = len(found), "named in layers"
+        elif self.kv_cache_reduction is None:
+            count, reason = count_layers(self.num_layers, len(found))
         else:
-            count, reason = count_layers(
-                self.num_layers,
+            try:
+                cache, base = self._kv_caches(model)
+            except ValueError as err:
+                raise ValueError(
+                    f"NBLModifier.kv_cache_reduction: {err} Use num_layers."
+                ) from err
+            count, reason, quota = count_for_kv_cache(
                 self.kv_cache_reduction,
-                total=len(decoder_layers(model, self._architecture)),
-                linear=len(self._earlier),
-                available=len(found),
+                cache,
+                base=base,
+                available=found,
+                length=self._context(model),
             )
-        self._budget = Budget(
-            count, reason, self.max_nmse, self.max_perplexity_increase
-        )
+            if len(quota) > 1:
+                limits |= {
+                    "quota": quota,
+                    "kinds": {index: cache.layers[index] for index in found},
+                }
+        self._budget = Budget(count, reason, **limits)
         return found
+
+    def _kv_caches(self, model: PreTrainedModel) -> tuple[KVCache, KVCache]:
+        """
+        Return the KV cache of the model as it is, and before any layer was linear.
+
+        :raises ValueError: if its configuration does not tell the sizes
+        """
+        config = {**model.config.to_dict(), "dtype": str(model.dtype).split(".")[-1]}
+        total = len(decoder_layers(model, self._architecture))
+        base = KVCache.of_base_model(config, total)
+        return base.without(self._earlier), base
+
+    def _context(self, model: PreTrainedModel) -> int:
+        """Return the tokens of a sequence that the KV cache is counted for."""
+        text_config = model.config.get_text_config()
+        return self.kv_cache_context or text_config.max_position_embeddings
+
+    def _kv_cache_left(
+        self, model: PreTrainedModel, replaced: Collection[int]
+    ) -> float | None:
+        """
+        Return what is left of the KV cache of a sequence, over the base model's.
+
+        None if the sizes are not known.
+        """
+        try:
+            cache, base = self._kv_caches(model)
+        except ValueError as err:
+            logger.warning("NBL: how much KV cache is freed is not known: {}", err)
+            return None
+        length = self._context(model)
+        return cache.without(replaced).allotted(length) / base.allotted(length)
 
     def _choose_spec(self, model: PreTrainedModel) -> LinearizedLayer:
         """Return what is done to each layer that is chosen."""
@@ -792,6 +864,8 @@ class NBLModifier(Modifier):
             method=self.method,
             estimator=self.estimator,
             rank=self._spec.rank,
+            kv_cache_context=self._context(model),
+            kv_cache_left=self._kv_cache_left(model, outcome.replacements),
         )
 
     @property

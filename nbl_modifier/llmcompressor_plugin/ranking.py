@@ -52,5 +52,9 @@ class RankingModifier(NBLModifier):
         ]
         kept = report.previous.selected_layers if report.previous is not None else []
         self._ranking = dataclasses.replace(
-            report, layers=layers, selected_layers=kept, binding=None
+            report,
+            layers=layers,
+            selected_layers=kept,
+            binding=None,
+            kv_cache_left=None,
         )

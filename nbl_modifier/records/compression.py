@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any, Self
@@ -134,6 +135,9 @@ class NBLReport:
     :param method: ``linear`` or ``drop``, what replaced it
     :param estimator: ``lmmse`` or ``wo_wv``, where the linear maps come from
     :param rank: of the linear maps; None: full rank
+    :param kv_cache_context: tokens of a sequence that its KV cache is counted for
+    :param kv_cache_left: bytes that vLLM sets aside for such a sequence, over the base
+        model's; None: they cannot be told from the configuration
     """
 
     format_version: int
@@ -163,6 +167,8 @@ class NBLReport:
     method: str = "linear"
     estimator: str = "lmmse"
     rank: int | None = None
+    kv_cache_context: int | None = None
+    kv_cache_left: float | None = None
 
     @property
     def num_replaced(self) -> int:
@@ -185,12 +191,22 @@ class NBLReport:
     @property
     def kv_cache_fraction(self) -> float:
         """
-        KV-cache bytes per token relative to the base model, ``(K - m) / K``.
+        KV cache of a sequence of ``kv_cache_context`` tokens, over the base model's.
 
-        Exact where all layers are alike; hybrids with sliding-window layers follow
-        the grouping rules of the serving engine instead.
+        Where all layers are alike, and for reports that do not say,
+        ``(K - m) / K``.
         """
+        if self.kv_cache_left is not None:
+            return self.kv_cache_left
         return (self.num_hidden_layers - self.num_replaced) / self.num_hidden_layers
+
+    @property
+    def kv_cache_subject(self) -> str:
+        """What ``kv_cache_fraction`` is of, in words."""
+        alike = (self.num_hidden_layers - self.num_replaced) / self.num_hidden_layers
+        if self.kv_cache_left is None or math.isclose(self.kv_cache_left, alike):
+            return "KV cache per token"
+        return f"KV cache of a sequence of {self.kv_cache_context:,} tokens"
 
     @property
     def ranking(self) -> list[LayerResult]:

@@ -84,7 +84,7 @@ def quality_against_kv_cache(group: ModelGroup) -> Iterator[Item]:
     fractions: dict[str, Value] = {group.name: (1.0, None)}
     for checkpoint in group.checkpoints:
         fractions[checkpoint.name] = (checkpoint.report.kv_cache_fraction, None)
-    yield from _scatter(group, fractions, "KV cache per token, times base")
+    yield from _scatter(group, fractions, "KV cache, times base")
 
 
 def quality_against_speed(group: ModelGroup) -> Iterator[Item]:

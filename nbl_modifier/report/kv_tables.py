@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from nbl_modifier.kv_cache import KVCache, format_bytes
+from nbl_modifier.kv_cache import Engine, KVCache, format_bytes
 
 from .blocks import Item, Table, Text, code
 from .collect import Checkpoint, ModelGroup
@@ -44,14 +44,14 @@ def kv_cache_section(group: ModelGroup) -> Iterator[Item]:
         (
             str(batch),
             f"{length:,}",
-            *(format_bytes(cache.size(length, batch)) for cache in columns.values()),
+            *(format_bytes(batch * c.allotted(length)) for c in columns.values()),
         )
         for batch in _BATCHES
         for length in lengths
     ]
     yield Table(("batch", "context", *columns), rows)
     yield Text(
-        "Keys and values of all sequences at full length, from `config.json`. "
+        "What vLLM sets aside for all sequences at full length, from `config.json`. "
         + _explanation(base, caches)
     )
 
@@ -66,8 +66,8 @@ def _other_counts(base: KVCache, caches: Mapping[str, KVCache]) -> dict[str, KVC
     """Return the cache with 1/8, 2/8 … of the layers replaced, where any will do."""
     if not base.is_uniform:
         return {}
-    total = len(base.windows)
-    known = {cache.windows.count(0) for cache in caches.values()}
+    total = len(base.layers)
+    known = {cache.layers.count(None) for cache in caches.values()}
     counts = dict.fromkeys(total * eighths // 8 for eighths in _EIGHTHS)
     return {
         f"m = {count}": base.without(range(count))
@@ -79,8 +79,9 @@ def _other_counts(base: KVCache, caches: Mapping[str, KVCache]) -> dict[str, KVC
 def _explanation(base: KVCache, caches: Mapping[str, KVCache]) -> str:
     if not base.is_uniform:
         return (
-            "Sliding-window layers count with at most their window; an engine may "
-            "group layers and allot more."
+            "Layers of several kinds are allotted memory in groups of equally many, "
+            "sliding-window layers with room for "
+            f"{Engine().in_flight:,} tokens in flight besides their window."
         )
     quantized = [n for n, c in caches.items() if c.element_bits != base.element_bits]
     text = "m layers replaced leave (K − m) / K of it."

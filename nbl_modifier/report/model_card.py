@@ -27,8 +27,8 @@ _TEMPLATE = """\
 
 - layers {action}: {layers} (of the base model, numbers from 0)
 - class: `{architecture}`, `model_type` `{model_type}`
-- KV cache: {kept} of {k} layers keep one, {kv_percent:.1f} % of the base model's bytes
-  per token, so {kv_ratio} the tokens fit in the same memory
+- KV cache: {kept} of {k} layers keep one; {kv_subject}: {kv_percent:.1f} % of the base
+  model's, so {kv_ratio} the tokens fit in the same memory
 {quantization_line}{training_line}\
 - calibrated on {samples:,} sequences, {tokens:,} tokens, in {seconds:.1f} s
 
@@ -162,8 +162,9 @@ def model_card(
         part="attention" if report.kind == "attention" else "the block",
         load=load.format(directory="THIS_DIRECTORY"),
         kept=kept,
+        kv_subject=report.kv_cache_subject,
         kv_percent=100 * report.kv_cache_fraction,
-        kv_ratio=f"{report.num_hidden_layers / kept:.3g} times" if kept else "all",
+        kv_ratio=f"{1 / report.kv_cache_fraction:.3g} times" if kept else "all",
         quantization_line=(
             f"- quantization: {escape_markdown(quantization)}\n" if quantization else ""
         ),

@@ -87,7 +87,7 @@ def _checkpoints(group: ModelGroup) -> Iterator[Item]:
         )
     header = (
         *("checkpoint", "replaced", "layers", "criterion", "input"),
-        *("KV cache per token", "calibration tokens", "seconds"),
+        *("KV cache", "calibration tokens", "seconds"),
     )
     yield Table(header, rows)
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["Budget", "Choice", "count_layers", "explain"]
+from nbl_modifier.kv_cache import KVCache, LayerCache
+
+__all__ = [
+    "Budget",
+    "Choice",
+    "count_for_kv_cache",
+    "count_layers",
+    "explain",
+    "frees_nothing",
+]
 
 
 @dataclass(frozen=True)
@@ -20,12 +29,33 @@ class Budget:
         of what it replaces, on held-out tokens
     :param max_perplexity_increase: largest increase of perplexity on held-out windows,
         over the perplexity of the model before
+    :param kinds: what each layer keeps in the KV cache, where ``quota`` asks
+    :param quota: how many layers of each kind to replace at most; without: any
     """
 
     num_layers: int
     reason: str
     max_nmse: float | None = None
     max_perplexity_increase: float | None = None
+    kinds: Mapping[int, LayerCache | None] = field(default_factory=dict)
+    quota: Mapping[LayerCache, int] = field(default_factory=dict)
+
+    def spent(self, chosen: Collection[int]) -> dict[int, str]:
+        """
+        Return why layers cannot be chosen any more, by index.
+
+        :param chosen: those that are
+        """
+        if not self.quota:
+            return {}
+        counts = Counter(self.kinds[index] for index in chosen)
+        return {
+            index: f"no more with {kind.description}: {self.reason}"
+            for index, kind in self.kinds.items()
+            if index not in chosen
+            and kind is not None
+            and counts[kind] >= self.quota.get(kind, 0)
+        }
 
 
 @dataclass(frozen=True)
@@ -73,42 +103,88 @@ def explain(
     ]
 
 
-def count_layers(
-    num_layers: int | None,
-    kv_cache_reduction: float | None,
-    *,
-    total: int,
-    linear: int,
-    available: int,
-) -> tuple[int, str]:
+def count_layers(num_layers: int | None, available: int) -> tuple[int, str]:
     """
     Return how many layers to replace at most, and in words why.
 
-    :param num_layers: asked for
-    :param kv_cache_reduction: part of the KV cache to free instead, in (0, 1]; layers
-        are taken to be alike. Without either: all that are available
-    :param total: decoder layers of the model
-    :param linear: of these, those that are linear already
-    :param available: of these, those to choose from
+    :param num_layers: asked for; None: all that are available
+    :param available: layers to choose from
     :raises ValueError: naming the recipe's field, if there are not so many
     """
-    if num_layers is not None:
-        if num_layers > available:
-            raise ValueError(
-                f"NBLModifier.num_layers: there are {available} layers "
-                f"to choose from, got {num_layers}. Use {available} or fewer."
-            )
-        return num_layers, f"num_layers={num_layers}"
-    if kv_cache_reduction is None:
+    if num_layers is None:
         return available, f"all {available} candidates"
-    # 0.1 * 30 is 3.0000000000000004 in binary; it asks for 3 layers.
-    wanted = math.ceil(kv_cache_reduction * total - 1e-9)
-    count = wanted - linear
-    if not 0 < count <= available:
+    if num_layers > available:
         raise ValueError(
-            f"NBLModifier.kv_cache_reduction: {kv_cache_reduction} takes {wanted} of "
-            f"{total} layers, of which {linear} are linear already and {available} can "
-            f"be chosen from. Use a value above {linear / total:.4g}, up to "
-            f"{(linear + available) / total:.4g}."
+            f"NBLModifier.num_layers: there are {available} layers "
+            f"to choose from, got {num_layers}. Use {available} or fewer."
         )
-    return count, f"num_layers={count} from kv_cache_reduction={kv_cache_reduction}"
+    return num_layers, f"num_layers={num_layers}"
+
+
+def count_for_kv_cache(
+    reduction: float,
+    cache: KVCache,
+    *,
+    base: KVCache,
+    available: Collection[int],
+    length: int,
+) -> tuple[int, str, dict[LayerCache, int]]:
+    """
+    Return how many layers free a part of what vLLM sets aside for a sequence.
+
+    :param reduction: that part, in (0, 1]
+    :param cache: of the model as it is
+    :param base: of the model before any layer was linear
+    :param available: layers to choose from
+    :param length: tokens of the sequence
+    :return: how many, in words why, and how many of each kind
+    :raises ValueError: naming the recipe's field, if it is free already, or all layers
+        to choose from do not free so much
+    """
+    whole = base.allotted(length)
+    freed = 1 - cache.allotted(length) / whole
+    most = 1 - cache.without(available).allotted(length) / whole
+    quota = cache.fewest(available, (1 - reduction) * whole, length)
+    if quota is None or freed >= reduction - 1e-9:
+        raise ValueError(
+            f"NBLModifier.kv_cache_reduction: of what vLLM sets aside for {length} "
+            f"tokens of a sequence {freed:.4g} are free already, and the "
+            f"{len(available)} layers to choose from free {most:.4g} in all, got "
+            f"{reduction}. Use a value above {freed:.4g}, up to {most:.4g}."
+        )
+    count = sum(quota.values())
+    reason = f"num_layers={count} from kv_cache_reduction={reduction}"
+    if len(quota) > 1:
+        reason += f": {_by_kind(quota)}, for sequences of {length} tokens"
+    return count, reason, quota
+
+
+def _by_kind(counts: Mapping[LayerCache, int]) -> str:
+    some = ((n, kind.description) for kind, n in counts.items() if n)
+    return " and ".join(f"{n} with {description}" for n, description in some)
+
+
+def frees_nothing(
+    cache: KVCache, replaced: Collection[int], available: Collection[int], length: int
+) -> str | None:
+    """
+    Return a warning if vLLM sets aside as much for a sequence as before, or more.
+
+    :param cache: of the model before these layers were replaced
+    :param replaced: these layers
+    :param available: layers that there were to choose from
+    :param length: tokens of the sequence
+    """
+    before, after = (c.allotted(length) for c in (cache, cache.without(replaced)))
+    if after < before:
+        return None
+    text = (
+        f"layers {sorted(replaced)}: replacing them frees no KV cache in vLLM for "
+        f"sequences of {length} tokens ({after / before:.3f} times as much as before), "
+        "since layers with several kinds of attention are allotted memory in groups of "
+        "equally many."
+    )
+    better = cache.fewest(available, before * (1 - 1e-6), length)
+    if better is None:
+        return text
+    return f"{text} The fewest that free some are {_by_kind(better)}."

@@ -143,7 +143,7 @@ class Distillation:
     def _find_rate(
         self, replacements: Mapping[int, Replacement], inputs: _Inputs, before: float
     ) -> float:
-        """Return the lowest rate that brings the model about nearest in a few steps."""
+        """Return a rate for all windows, by what brings the model near in a few."""
         numbers = self._shuffled(0)[:FEW_WINDOWS]
         found = dict[float, float]()
         for rate in RATES:
@@ -153,13 +153,17 @@ class Distillation:
             trial = self._try(trained, gains)
             found[rate] = trial.kl if math.isfinite(trial.kl) else math.inf
         gained = {rate: before - kl for rate, kl in found.items()}
-        # A few windows bear a higher rate than many do.
         enough = _ENOUGH * max(gained.values())
         best = min((rate for rate in RATES if gained[rate] >= enough), default=RATES[0])
+        # A few windows bear a higher rate than many do: steps in random directions add
+        # up like the root of their number.
+        best *= math.sqrt(len(numbers) / len(self._windows.batches))
+        best = float(f"{best:.2g}")  # what is logged is what it takes to do it again
         logger.info(
-            "NBL: distill_rate {:g}, of the divergences after {} windows ({}; {:.5f} "
-            "before)",
+            "NBL: distill_rate {:g} for {} windows, by the divergences after {} "
+            "({}; {:.5f} before)",
             best,
+            len(self._windows.batches),
             len(numbers),
             ", ".join(f"{rate:g}: {kl:.5f}" for rate, kl in sorted(found.items())),
             before,

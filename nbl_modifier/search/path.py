@@ -102,13 +102,18 @@ class Search:
         scores = self._scores(calibration, trials, self._base)
         order = sorted(scores, key=lambda index: (scores[index], index))
         unfit = self._unfit(calibration)
-        steps = (
-            Step(index, calibration.replacements[index])
-            for index in order
-            if index not in unfit
-        )
-        taken, binding = self._walk(steps, calibration)
-        unfit |= self._broken
+        chosen: set[int] = set()
+
+        def steps() -> Iterator[Step]:
+            for index in order:
+                if index in unfit or index in self._budget.spent(chosen):
+                    continue
+                yield Step(index, calibration.replacements[index])
+                if index not in self._broken:
+                    chosen.add(index)
+
+        taken, binding = self._walk(steps(), calibration)
+        unfit = self._budget.spent(chosen) | unfit | self._broken
         return self._outcome(order, scores, taken, binding, unfit, trials, calibration)
 
     def greedy(self, calibration: Calibration, passes: Passes) -> Outcome:
@@ -129,7 +134,7 @@ class Search:
             while True:
                 left = scores.keys() - chosen
                 unfit.clear()
-                unfit.update(self._unfit(now))
+                unfit.update(self._budget.spent(chosen) | self._unfit(now))
                 if left <= unfit.keys():
                     return
                 best = min(left - unfit.keys(), key=lambda i: (scores[i], i))
@@ -167,7 +172,8 @@ class Search:
             fresh = set(trials)
 
             def left() -> set[int]:
-                return scores.keys() - chosen - unfit.keys() - self._broken.keys()
+                gone = unfit | self._broken | self._budget.spent(chosen)
+                return scores.keys() - chosen - gone.keys()
 
             while left():
                 best = min(left(), key=lambda i: (scores[i], i))

@@ -7,16 +7,7 @@ every process it starts. Importing this package needs neither vllm nor torch.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nbl_modifier.architectures import Architecture
-
-__all__ = ["TESTED_VLLM", "register"]
-
-#: (major, minor) of the vLLM releases this plugin is tested with.
-TESTED_VLLM = (0, 32)
+__all__ = ["register"]
 
 
 def register() -> None:
@@ -32,10 +23,12 @@ def register() -> None:
     from nbl_modifier.architectures import ARCHITECTURES
     from nbl_modifier.hf.configuration_nbl import config_class
 
-    _warn_if_untested()
+    from .versions import refuse_float16_as_base, warn_if_untested
+
+    warn_if_untested()
     # hf.register() would import each family's transformers model, which vLLM never uses
     for architecture in ARCHITECTURES.values():
-        _refuse_float16_as_base(architecture)
+        refuse_float16_as_base(architecture)
         if architecture.causal_lm in ModelRegistry.get_supported_archs():
             AutoConfig.register(
                 architecture.nbl_model_type, config_class(architecture), exist_ok=True
@@ -44,37 +37,3 @@ def register() -> None:
                 architecture.nbl_causal_lm,
                 f"{__name__}.model:{architecture.nbl_causal_lm}",
             )
-
-
-def _refuse_float16_as_base(architecture: Architecture) -> None:
-    """
-    Have vLLM refuse float16 where it refuses it for the base model (Gemma).
-
-    It knows such models by ``model_type`` (vLLM 0.32, config/model.py).
-    """
-    from vllm.config import model
-
-    reasons: dict[str, str] = getattr(model, "_FLOAT16_NOT_SUPPORTED_MODELS", {})
-    if architecture.model_type in reasons:
-        reasons[architecture.nbl_model_type] = reasons[architecture.model_type]
-
-
-@cache
-def _warn_if_untested() -> None:
-    """Warn when vLLM is another release than :data:`TESTED_VLLM`, once per process."""
-    from multiprocessing import parent_process
-
-    import vllm
-    from vllm.logger import init_logger
-
-    # Engine and workers are children and load the same vLLM: one warning is enough.
-    if vllm.__version_tuple__[:2] != TESTED_VLLM and parent_process() is None:
-        tested = ".".join(map(str, TESTED_VLLM))
-        init_logger(f"vllm.{__name__}").warning(
-            "nbl_modifier is tested with vLLM %s.x, this is vLLM %s. Linearized "
-            "checkpoints may fail to load, or gain no KV-cache capacity. If so, "
-            "install vLLM %s.x, or a nbl_modifier tested with yours.",
-            tested,
-            vllm.__version__,
-            tested,
-        )

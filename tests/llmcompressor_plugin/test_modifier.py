@@ -48,6 +48,7 @@ from tests.tiny_llama import (
     tensors_in,
     token_rows,
 )
+from tests.tiny_models import save_tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -333,6 +334,44 @@ def test_kv_cache_reduction_is_a_number_of_layers(
     assert linearized(model) == linearized(by_count)
     assert report.num_replaced == count
     assert f"kv_cache_reduction={reduction}" in report.layers[0].reason
+    assert report.kv_cache_fraction == 1 - count / 4
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sliding layers and three with full attention, in turns."""
+    folder = tmp_path_factory.mktemp("gemma") / "base"
+    return save_tiny(folder, "gemma2", num_layers=6)
+
+
+@pytest.mark.parametrize(
+    ("selection", "criterion"),
+    [("one_shot", "cca_bound"), ("greedy", "nmse"), ("greedy", "kl")],
+)
+def test_kv_cache_reduction_takes_layers_of_the_kind_that_frees_most(
+    gemma: Path, rows: Dataset, selection: Any, criterion: Any
+) -> None:
+    """Of 3 x (16 + 17) blocks three full layers take 3 x 16, sliding ones 3 x 17."""
+    nbl = NBLModifier(kv_cache_reduction=0.5, selection=selection, criterion=criterion)
+    model, report = run(gemma, nbl, rows)
+    assert [layer.index for layer in report.ranking][:3] != [0, 2, 4]
+    assert linearized(model) == [0, 2, 4]
+    assert report.kv_cache_context == 256
+    assert report.kv_cache_fraction == pytest.approx(48 / 99)
+    (other,) = {layer.reason for layer in report.layers if layer.index == 5}
+    assert "no more with full attention" in other or selection == "greedy"
+
+
+def test_layers_that_free_no_kv_cache_are_told(
+    gemma: Path, rows: Dataset, logged: list[str]
+) -> None:
+    """2 x (16 + 2 x 17) blocks for sequences of 256 tokens, 3 x (16 + 17) before."""
+    _, report = run(gemma, NBLModifier(layers=[1]), rows)
+    assert report.kv_cache_fraction == pytest.approx(100 / 99)
+    assert report.kv_cache_subject == "KV cache of a sequence of 256 tokens"
+    (said,) = [text for text in logged if "frees no KV cache" in text]
+    assert "layers [1]" in said
+    assert "1.010 times" in said
 
 
 def test_ignore_that_matches_nothing_is_said(llama: Path, rows: Dataset) -> None:

@@ -127,7 +127,7 @@ def gptq() -> GPTQModifier:
         ("{kv_cache_reduction: 37.5}", ["kv_cache_reduction", "less than or equal"]),
         (
             "{kv_cache_reduction: 0.75, ignore: ['re:.*[23].self_attn']}",
-            ["kv_cache_reduction: 0.75 takes 3 of 4", "2 can be chosen", "up to 0.5"],
+            ["kv_cache_reduction", "2 layers to choose from", "got 0.75", "up to 0.5"],
         ),
         ("{layers: []}", ["layers", "at least one", "got []"]),
         ("{layers: [1, 1]}", ["layers", "distinct", "got [1, 1]"]),

@@ -184,7 +184,7 @@ def test_numbers_are_those_of_the_files(complete: Path, tmp_path: Path) -> None:
     # The mean of two tasks; its error is sqrt(2) x 0.01 / 2.
     header, *rows = page.rows["Quality against KV cache"]
     assert header[1:] == [
-        "KV cache per token, times base",
+        "KV cache, times base",
         "mean accuracy over 2 tasks",
     ]
     assert rows[:3] == [

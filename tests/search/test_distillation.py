@@ -342,12 +342,16 @@ def test_trained_gains_are_what_the_model_computes_with(
 
 
 def test_the_rate_finds_itself(source: Dataset, logged: list[str]) -> None:
-    """It is one of those tried, does what it does when given, and helps."""
+    """It is of the size of those tried, does what it does when given, and helps."""
     fields: dict[str, Any] = {"layers": LAYERS, "distill_epochs": 2}
     found = run(load(DEMO_MODEL), source, **fields)[1]
     (said,) = (line for line in logged if line.startswith("NBL: distill_rate"))
-    rate = float(said.split("distill_rate ")[1].split(",")[0])
-    assert rate in RATES
+    rate = float(said.split("distill_rate ")[1].split()[0])
+    windows = int(said.split(" for ")[1].split()[0])
+    assert any(
+        rate == pytest.approx(tried * math.sqrt(12 / windows), rel=0.05)
+        for tried in RATES
+    )
     given = run(load(DEMO_MODEL), source, distill_rate=rate, **fields)[1]
     assert distilled(found) == distilled(given)
     assert found.heldout is not None
