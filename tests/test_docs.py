@@ -13,7 +13,7 @@ import pytest
 
 from nbl_modifier import NBLModifier
 from nbl_modifier.cli import main
-from nbl_modifier.data import stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
 from tests.tiny_llama import DEMO_MODEL, load
 
 ROOT = Path(__file__).parents[1]
