@@ -63,7 +63,8 @@ def check_model(model: PreTrainedModel) -> Architecture:
     :param model: a causal language model as transformers loads it, some of its layers
         linearized already or none
     :raises NotImplementedError: if its family is not supported, or it is another model
-        of the family: without a head, say, or with that of a classifier
+        of the family: without a head, with that of a classifier, or one whose layers
+        share keys and values
     :raises ValueError: if it is quantized already, or has adapters
     """
     architecture = architecture_of(model.config.model_type)
@@ -81,6 +82,13 @@ def check_model(model: PreTrainedModel) -> Architecture:
             f"{type(model).__name__}: what it would save is not that model. Load it "
             f"with {architecture.auto_class}; a head of one's own can be put on the "
             "linearized decoder afterwards, which AutoModel loads."
+        )
+    shared = getattr(model.config.get_text_config(), "num_kv_shared_layers", None)
+    if shared:
+        raise NotImplementedError(
+            f"{type(model).__name__}: its last {shared} layers read keys and values of "
+            "earlier ones (num_kv_shared_layers), which must not lose them. Linearize "
+            "a model of the family whose layers all have their own."
         )
     quantized = next(
         (n for n, m in model.named_modules() if hasattr(m, "quantization_scheme")), None
@@ -132,7 +140,8 @@ def candidate_layers(
     """
     Return the modules that may be replaced, names by decoder layer index.
 
-    Those that were replaced in an earlier run are not among them.
+    Those that were replaced in an earlier run are not among them, nor are layers of
+    hybrid models that have no attention.
 
     :param model: the causal language model
     :param architecture: its family
@@ -149,7 +158,7 @@ def candidate_layers(
     names = {
         index: name_of(index)
         for index, layer in enumerate(decoder_layers(model, architecture))
-        if not _is_replaced(layer, architecture)
+        if _has_attention(layer, architecture)
     }
     if not names:
         raise ValueError(
@@ -182,10 +191,14 @@ def candidate_layers(
     return {index: name for index, name in names.items() if name in allowed}
 
 
-def _is_replaced(layer: nn.Module, architecture: Architecture) -> bool:
-    return isinstance(layer, LinearizedBlock) or isinstance(
-        layer.get_submodule(architecture.attention),
-        (LinearizedAttention, DroppedAttention),
+def _has_attention(layer: nn.Module, architecture: Architecture) -> bool:
+    """Return whether a layer is neither replaced nor, in a hybrid, recurrent."""
+    attention = getattr(layer, architecture.attention, None)
+    replaced = LinearizedAttention, DroppedAttention
+    return not (
+        isinstance(layer, LinearizedBlock)
+        or attention is None
+        or isinstance(attention, replaced)
     )
 
 

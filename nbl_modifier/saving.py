@@ -30,7 +30,7 @@ from .hf import register as register_classes
 from .hf.checkpoint import publish_on_save
 from .report.model_card import write_report
 from .report.schema import REPORT_FILE_NAME, NBLReport
-from .upstream import keep_expert_names, running_oneshot, wrap_saving
+from .upstream import fuse_experts, keep_expert_names, running_oneshot, wrap_saving
 
 __all__ = ["publish", "register", "report_of"]
 
@@ -97,6 +97,7 @@ def publish(
     def prepare() -> None:
         before()
         keep_expert_names(model, architecture)
+        fuse_experts(model)
 
     publish_on_save(
         model,

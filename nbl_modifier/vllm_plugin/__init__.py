@@ -8,9 +8,11 @@ every process it starts. Importing this package needs neither vllm nor torch.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from nbl_modifier.architectures import Architecture
 
 __all__ = ["TESTED_VLLM", "register"]
@@ -35,10 +37,12 @@ def register() -> None:
     _warn_if_untested()
     # hf.register() would import each family's transformers model, which vLLM never uses
     for architecture in ARCHITECTURES.values():
-        _refuse_float16_as_base(architecture)
+        _adjust_as_base(architecture)
         if architecture.causal_lm in ModelRegistry.get_supported_archs():
             AutoConfig.register(
-                architecture.nbl_model_type, config_class(architecture), exist_ok=True
+                architecture.nbl_model_type,
+                _as_base(architecture, config_class(architecture)),
+                exist_ok=True,
             )
             ModelRegistry.register_model(
                 architecture.nbl_causal_lm,
@@ -46,17 +50,41 @@ def register() -> None:
             )
 
 
-def _refuse_float16_as_base(architecture: Architecture) -> None:
+def _adjust_as_base(architecture: Architecture) -> None:
     """
-    Have vLLM refuse float16 where it refuses it for the base model (Gemma).
+    Have vLLM adjust its configuration as it does for the base model.
 
-    It knows such models by ``model_type`` (vLLM 0.32, config/model.py).
+    It knows what to adjust by the name of the model's class (vLLM 0.30 to 0.33,
+    model_executor/models/config.py).
     """
-    from vllm.config import model
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    reasons: dict[str, str] = getattr(model, "_FLOAT16_NOT_SUPPORTED_MODELS", {})
-    if architecture.model_type in reasons:
-        reasons[architecture.nbl_model_type] = reasons[architecture.model_type]
+    if architecture.causal_lm in MODELS_CONFIG_MAP:
+        adjust = MODELS_CONFIG_MAP[architecture.causal_lm]
+        MODELS_CONFIG_MAP[architecture.nbl_causal_lm] = adjust
+
+
+def _as_base(
+    architecture: Architecture, linearized: type[PreTrainedConfig]
+) -> type[PreTrainedConfig]:
+    """
+    Return what reads a linearized configuration as one of the base model's type.
+
+    By ``model_type`` vLLM decides what dtypes it refuses (Gemma), how a chat is parsed
+    (gpt-oss), which of its layers are built (Qwen3.5), and more. What is read is of the
+    class of linearized configurations, so that workers find it again.
+    """
+
+    class Reader(linearized):  # type: ignore[misc,valid-type]
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+            """As in transformers."""
+            read = linearized.from_dict(config_dict, **kwargs)
+            config = read[0] if isinstance(read, tuple) else read
+            config.model_type = architecture.model_type
+            return read
+
+    return Reader
 
 
 @cache
