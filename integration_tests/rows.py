@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
-__all__ = ["DEMO_MODEL", "REAL_MODELS", "Row", "families", "features", "more_families", "more_features", "rows"]
+__all__ = [
+    "DEMO_MODEL",
+    "REAL_MODELS",
+    "Row",
+    "families",
+    "features",
+    "more_families",
+    "more_features",
+    "rows",
+]
 
 ROOT = Path(__file__).parents[1]
 # pytest finds scripts there by itself, `python -m integration_tests....` does not.

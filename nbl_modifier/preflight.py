@@ -67,7 +67,10 @@ def check_model(model: PreTrainedModel) -> Architecture:
         share keys and values
     :raises ValueError: if it is quantized already, or has adapters
     """
-    architecture = architecture_of(model.config.model_type)
+    try:
+        architecture = architecture_of(model.config.model_type)
+    except NotImplementedError as err:
+        raise NotImplementedError(f"{err} {_row_to_add(model)}") from None
     adapted = next((n for n, m in model.named_modules() if _is_adapted(m)), None)
     if adapted is not None:
         raise ValueError(
@@ -100,6 +103,51 @@ def check_model(model: PreTrainedModel) -> Architecture:
             "NBLModifier first in the recipe."
         )
     return architecture
+
+
+def _row_to_add(model: PreTrainedModel) -> str:
+    """
+    Return the row of a family that is not known, as far as names tell.
+
+    Whether what attention adds passes a norm or a factor stands in ``forward`` only, so
+    a person has to look: nothing is replaced on a guess.
+    """
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = (
+        (path, module[-1])
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    )
+    path, layer = next(found, (None, None))
+    if path is None or layer is None:
+        return "No list of decoder layers was found in this one."
+    children = [name for name, _ in layer.named_children()]
+    norms = [
+        name for name in children if "norm" in name.lower() or name.startswith("ln")
+    ]
+    attentions = [
+        n for n in children if "attn" in n.lower() or "attention" in n.lower()
+    ]
+    attention = next((name for name in attentions if name not in norms), None)
+    if attention is None:
+        return f"No attention was found in its decoder layers: {', '.join(children)}."
+    fields = [model.config.model_type, type(model).__name__]
+    fields.append(type(model.get_submodule(model.base_model_prefix)).__name__)
+    named = {
+        "layers": (path, "model.layers"),
+        "attention": (attention, "self_attn"),
+        "input_norm": (norms[0] if norms else None, "input_layernorm"),
+    }
+    arguments = [repr(field) for field in fields] + [
+        f"{name}={value!r}"
+        for name, (value, default) in named.items()
+        if value != default
+    ]
+    return (
+        f"By the names in this model it is Architecture({', '.join(arguments)}), if "
+        "its layers are built like Llama's; read their forward() for post_norm, "
+        f"parallel and output_scale. Norms of a layer: {', '.join(norms) or 'none'}."
+    )
 
 
 def _is_adapted(module: nn.Module) -> bool:

@@ -249,17 +249,16 @@ def fuse_experts(model: PreTrainedModel) -> None:
         if not isinstance(experts, GptOssLinearExperts) or quantized:
             continue
         like = next(experts.parameters())
-        fused = experts._source_experts_cls(experts._source_config)
+        fused: Any = experts._source_experts_cls(experts._source_config)
         fused.to(device=like.device, dtype=like.dtype)
-        for index in range(experts.num_experts):
-            expert = experts[index]
-            gate, up, down = expert.gate_proj, expert.up_proj, expert.down_proj
+        for index, expert in enumerate(experts):
+            parts: Any = expert
+            gate, up, down = parts.gate_proj, parts.up_proj, parts.down_proj
             # by turns: even columns are the gate's
             weight = torch.stack([gate.weight, up.weight], dim=1).flatten(0, 1)
+            bias = torch.stack([gate.bias, up.bias], dim=1).flatten()
             fused.gate_up_proj[index] = weight.T
-            fused.gate_up_proj_bias[index] = torch.stack(
-                [gate.bias, up.bias], dim=1
-            ).flatten()
+            fused.gate_up_proj_bias[index] = bias
             fused.down_proj[index] = down.weight.T
             fused.down_proj_bias[index] = down.bias
         model.set_submodule(name, fused)

@@ -35,12 +35,9 @@ def test_count_and_where_it_comes_from() -> None:
 
 
 def count(reduction: float, base: KVCache, **fields: Any) -> tuple[int, str, Any]:
-    fields = {
-        "cache": base,
-        "available": range(len(base.layers)),
-        "length": 8192,
-    } | fields
-    return count_for_kv_cache(reduction, base=base, **fields)
+    given: dict[str, Any] = {"cache": base, "available": range(len(base.layers))}
+    given |= {"length": 8192} | fields
+    return count_for_kv_cache(reduction, base=base, **given)
 
 
 def alike(total: int) -> KVCache:

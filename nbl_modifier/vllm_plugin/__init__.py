@@ -81,7 +81,7 @@ def _as_base(
             """As in transformers."""
             read = linearized.from_dict(config_dict, **kwargs)
             config = read[0] if isinstance(read, tuple) else read
-            config.model_type = architecture.model_type
+            vars(config)["model_type"] = architecture.model_type
             return read
 
     return Reader

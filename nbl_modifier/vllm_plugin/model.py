@@ -515,8 +515,13 @@ def _left_out(
     :param vllm_config: knows the attention layers built so far by their full names
     """
 
+    context = vllm_config.compilation_config.static_forward_context
+
     def exchange(_: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
         if name != attribute or module is None:
+            return None
+        # What has the KV cache may have the same name inside of attention (gpt-oss).
+        if any(module is each for each in context.values()):
             return None
         # "model.layers.3.self_attn.attn" is inside of "model.layers.3.self_attn"
         entries = _entries(module, vllm_config)
