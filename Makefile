@@ -2,6 +2,8 @@
 # different versions of compressed-tensors. The system Python only creates them.
 
 VENV_ROOT ?= .venv
+# Where `make integration-versions` makes one environment after another.
+VERSION_ROOT ?= $(VENV_ROOT)/versions
 CACHE_DIR ?= .cache
 DEMO_DIR ?= demo_output
 DEMO_LLM_DIR ?= demo_llm_output
@@ -13,13 +15,15 @@ PROCESSES ?= 2
 # Processes of `make integration`, two cores and 4 GiB each.
 WORKERS ?= 1
 PYTEST_ARGS ?=
+# What `make integration-versions` runs: names in requirements/versions/.
+VERSIONS ?= $(basename $(notdir $(wildcard requirements/versions/*.txt)))
 
 COMPRESS := $(abspath $(VENV_ROOT)/compress)
 SERVE := $(abspath $(VENV_ROOT)/serve)
 COMPRESS_PY := $(COMPRESS)/bin/python
 SERVE_PY := $(SERVE)/bin/python
 EXTRAS := compress,lora,eval,plot,dev
-CODE := $(wildcard nbl_modifier tests integration_tests benchmarks examples)
+CODE := $(wildcard nbl_modifier tests integration_tests benchmarks examples docs)
 
 # vLLM's CPU build asks for PyTorch's "+cpu" build, which PyPI has for no Linux. It is
 # looked for where pip is configured to look, then at PyTorch's own index.
@@ -45,10 +49,10 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help env env-compress env-serve demo demo-llm test unit core integration \
-	support-table lint typecheck format bench build clean
+	integration-versions support-table lint typecheck format bench build clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
 
 env: env-compress env-serve  ## Create or update both environments
 env-compress: $(COMPRESS)/.complete  ## llm-compressor, tests and tools
@@ -79,7 +83,11 @@ integration: env  ## Tests against real vLLM: all, over an hour with WORKERS=1
 		$(COMPRESS_PY) -m pytest integration_tests --part {}/$(WORKERS) \
 		--results integration_tests/results $(PYTEST_ARGS)
 
-support-table: env-compress  ## Put the last full run's results into README.md
+integration-versions: env-compress  ## Other versions of vLLM and transformers, one fresh environment each
+	$(COMPRESS_PY) -m integration_tests.versions --environments $(VERSION_ROOT) \
+		$(VERSIONS)
+
+support-table: env-compress  ## Put the last full run's results into docs/support.md
 	$(COMPRESS_PY) -m integration_tests.support_table
 
 lint: env-compress  ## ruff: rules and formatting
@@ -151,4 +159,14 @@ $(SERVE)/.dependencies: requirements/serve.txt
 # --no-deps: everything is there, and pip would put the three back.
 $(SERVE)/.complete: $(SERVE)/.dependencies pyproject.toml requirements/vllm_cli_shim/pyproject.toml
 	$(call step,nbl-modifier and the vllm command,$(PIP) install --no-deps ./requirements/vllm_cli_shim -e .)
+	@touch $@
+
+# Environments of `make integration-versions`: made, used and removed one by one, so most
+# of what pip would compile would never run.
+$(VERSION_ROOT)/%/.complete: requirements/versions/%.txt
+	$(new-venv)
+	$(call step,$<,$(PIP) install --no-compile -r $<)
+	$(call step,without torchvision torchaudio torchcodec,$(PIP) uninstall -y torchvision torchaudio torchcodec)
+	$(if $(wildcard requirements/versions/$*.overlay),$(call step,requirements/versions/$*.overlay,$(@D)/bin/python integration_tests/overlay_vllm.py "$$(cat requirements/versions/$*.overlay)"))
+	$(call step,nbl-modifier,$(PIP) install --no-deps -e .)
 	@touch $@

@@ -37,6 +37,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     # As many weights as full rank, in two layers.
     "NBL (best, half rank)": {"preset": "best", "rank": 0.5},
 }
+# What NBL (best) does with layers that it has chosen before.
+CHOSEN: dict[str, Any] = {"input": "normalized", "distill_epochs": 4}
 
 
 def load(model: str | Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel:

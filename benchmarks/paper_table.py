@@ -38,6 +38,7 @@ from methods import (  # type: ignore[import-not-found]  # beside this script
     BEST,
     BLOCK_DROP,
     BLOCK_NBL,
+    CHOSEN,
     DROP,
     PAPER,
     RECIPES,
@@ -77,17 +78,11 @@ import nbl_modifier.hf
 from nbl_modifier import NBLModifier
 from nbl_modifier.cli.logs import show_ours_and_warnings
 from nbl_modifier.cli.sources import positive
-from nbl_modifier.evaluation import (
-    SUITES,
-    Task,
-    evaluate_model,
-    load_tasks,
-    perplexity,
-)
+from nbl_modifier.evaluation import SUITES, Task, evaluate_model, load_tasks, perplexity
 from nbl_modifier.evaluation.cache import fingerprint
 from nbl_modifier.evaluation.harness import LoadedTask
-from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
-from nbl_modifier.report.speed import SPEED_FILE_NAME
+from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
+from nbl_modifier.records.speed import SPEED_FILE_NAME
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "pycode-4m"
 METHODS = (PAPER, BEST, DROP, BLOCK_DROP, SLEB, BLOCK_NBL, SLICED)
@@ -128,6 +123,9 @@ class Run:
     def cells(self) -> Iterator[Cell]:
         """Yield the models in an order in which a part of them is of use."""
         yield Cell(BASE, 0)
+        if BEST in self._args.methods:
+            # the others begin with its choices
+            yield Cell(BEST, max(self._args.m))
         first = [method for method in METHODS[:3] if method in self._args.methods]
         rest = [method for method in METHODS[3:] if method in self._args.methods]
         for methods in (first, rest):
@@ -217,7 +215,7 @@ class Run:
             load(self._args.model, getattr(torch, self._args.dtype)),
             self._tokenizer,
             self._texts.calibration,
-            NBLModifier(num_layers=cell.m, **RECIPES[cell.method]),
+            NBLModifier(**self._recipe(cell)),
             partial_folder,
             self._args.output / "statistics",
             batch_size=self._args.batch_size,
@@ -225,10 +223,23 @@ class Run:
         )
         partial_folder.rename(checkpoint)
         report = NBLReport.load(checkpoint / REPORT_FILE_NAME)
-        described = self._described(cell, load(checkpoint), report.selected_layers)
+        order = [layer.index for layer in report.ranking if layer.selected]
+        described = self._described(cell, load(checkpoint), order)
         self.results.write(cell, described, clock)
         layers = ", ".join(map(str, report.selected_layers))
         print(f"{cell.name}: layers {layers}, {clock.seconds:,.0f} s", flush=True)
+
+    def _recipe(self, cell: Cell) -> dict[str, Any]:
+        """Return the fields of NBLModifier."""
+        recipe = {"num_layers": cell.m, **RECIPES[cell.method]}
+        if cell.method != BEST:
+            return recipe
+        # A greedy search takes the same layers first however many it is to take, so
+        # the longest one is enough.
+        longest = self.results.read(Cell(BEST, max(self._args.m)))
+        if longest is None or cell.m >= longest["m"]:
+            return recipe
+        return CHOSEN | {"layers": longest["order"][: cell.m]}
 
     def _sliced(self, cell: Cell) -> PreTrainedModel:
         """Return SliceGPT's model with as many parameters as NBL's, or fewer."""
@@ -256,8 +267,9 @@ class Run:
         return {
             "method": cell.method,
             "m": cell.m,
-            "recipe": RECIPES.get(cell.method),
+            "recipe": self._recipe(cell) if cell.method in RECIPES else None,
             "layers": sorted(layers),
+            "order": layers,
             "num_parameters": sum(weight.numel() for weight in model.parameters()),
             "kv_cache": kept / int(self._config.num_hidden_layers),
         }

@@ -1,5 +1,6 @@
 """Checkpoints and engines, each made once per session however many tests use it."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from integration_tests.rows import DEMO_MODEL, Row
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--results`` and ``--part``."""
+    """Add ``--results``, ``--part`` and ``--later``."""
     parser.addoption(
         "--results",
         type=Path,
@@ -32,14 +33,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="I/N",
         help="run the I-th of N parts of the tests, for N processes side by side",
     )
+    parser.addoption(
+        "--later",
+        metavar="NAME",
+        help="what is run goes beside the last full run's results, under this name",
+    )
+    parser.addoption(
+        "--materials",
+        type=Path,
+        metavar="FOLDER",
+        help="write models and checkpoints there, and use those that are there already",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Collect results if they are wanted."""
     path = config.getoption("--results")
     if path is not None:
-        part = config.getoption("--part").replace("/", "_of_")
-        config.pluginmanager.register(Recorder(path / f"part_{part}.json"))
+        part, later = config.getoption("--part"), config.getoption("--later")
+        name = f"later_{later}" if later else f"part_{part.replace('/', '_of_')}"
+        config.pluginmanager.register(Recorder(path / f"{name}.json"))
 
 
 def pytest_collection_modifyitems(
@@ -114,7 +127,7 @@ class Materials:
     """
     Models, checkpoints and what goes with them, each written once.
 
-    :param workplace: where to
+    :param workplace: where to; what another session has written there is used
     """
 
     def __init__(self, workplace: Path) -> None:
@@ -166,15 +179,21 @@ class Materials:
 
     def _once(self, write: Callable[[Path], Path | None], *key: str) -> Path:
         if key not in self._made:
-            directory = self._workplace / f"{key[0]}-{len(self._made)}"
-            self._made[key] = write(directory) or directory
+            digest = hashlib.sha256("\n".join(key).encode()).hexdigest()[:12]
+            directory = self._workplace / f"{key[0]}-{digest}"
+            if directory.exists():
+                self._made[key] = directory
+            else:
+                self._made[key] = write(directory) or directory
         return self._made[key]
 
 
 @pytest.fixture(scope="session")
-def made(workplace: Path, pageable_cache: None) -> Materials:
+def made(
+    workplace: Path, pageable_cache: None, request: pytest.FixtureRequest
+) -> Materials:
     """Return what makes models, checkpoints and adapters."""
-    return Materials(workplace)
+    return Materials(request.config.getoption("--materials") or workplace)
 
 
 @pytest.fixture(scope="session")

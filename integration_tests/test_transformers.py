@@ -4,17 +4,19 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from integration_tests.conftest import Materials
 from integration_tests.materials import heldout_nll, load_model, max_tokens, prompts
 from integration_tests.reference import Continuation, generate
 from integration_tests.rows import Row, rows
 from nbl_modifier.architectures import architecture_of
-from nbl_modifier.report.schema import NBLReport
+from nbl_modifier.records.compression import NBLReport
 
 # The longest prompts outgrow sliding windows; a few show what all would.
 NUM_PROMPTS = 3
@@ -97,6 +99,36 @@ def test_generation(row: Row, made: Materials) -> None:
         without, generate_padded(model, longest, number), strict=True
     ):
         same(expected, tokens, tie)
+
+
+@pytest.mark.parametrize("row", rows("continuous_batching"))
+def test_continuous_batching(row: Row, made: Materials) -> None:
+    """
+    Requests that are computed together, in the paged cache, give the tokens of each
+    alone without a cache, up to the first lead of less than ``ties_below``, nat.
+    """
+    directory = made.checkpoint(row.recipe_text, row.model)
+    model = load_model(directory, getattr(torch, row.dtype))
+    # Its paged counterpart leaves out Gemma 2's soft-capping as torch's own does, eager
+    # attention does not.
+    model.set_attn_implementation("sdpa")
+    tie = row.expect["continuous_batching"]["ties_below"]
+    longest, number = prompts(row.model)[-NUM_PROMPTS:], max_tokens(row.model)
+    settings: dict[str, Any] = {"do_sample": False, "eos_token_id": -1}
+    batch = model.generate_batch(
+        longest,
+        generation_config=GenerationConfig(
+            max_new_tokens=number, pad_token_id=0, **settings
+        ),
+        # by itself it takes most of the machine's memory
+        continuous_batching_config=ContinuousBatchingConfig(
+            block_size=32, num_blocks=64, max_batch_tokens=256
+        ),
+        progress_bar=False,
+    )
+    for prompt, request in zip(longest, batch.values(), strict=True):
+        expected = generate(model, prompt, number, use_cache=False)
+        same(expected, request.generated_tokens, tie)
 
 
 def same(expected: Continuation, tokens: list[int], tie: float) -> None:

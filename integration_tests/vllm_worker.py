@@ -250,6 +250,9 @@ def jobs() -> None:
     its process id, which is also that of its process group, and, when it has ended, by
     its exit code.
     """
+    # Some releases of vLLM log to standard output while they are imported.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     import vllm.v1.engine.core
     import vllm.v1.executor.multiproc_executor
     import vllm.v1.worker.cpu_worker
@@ -267,9 +270,9 @@ def jobs() -> None:
                 os.dup2(output.fileno(), 2)
             run(job_path, result_path)
             return
-        print(child, flush=True)
+        print(child, file=answers, flush=True)
         _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
 
 
 def run(job_path: Path, result_path: Path) -> None:

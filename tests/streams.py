@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nbl_modifier.architectures import Architecture
-from nbl_modifier.report.schema import LayerResult
+from nbl_modifier.records.compression import LayerResult
 from tests.tiny_llama import decoder_layers
 
 

@@ -18,7 +18,7 @@ import nbl_modifier.hf
 from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import ARCHITECTURES, Architecture
 from nbl_modifier.numerics import CovarianceAccumulator, nmse_bound
-from nbl_modifier.report.schema import LayerResult
+from nbl_modifier.records.compression import LayerResult
 from tests.streams import assert_best_map, stream
 from tests.tiny_llama import compress, linearized, load, logits_of
 from tests.tiny_models import (

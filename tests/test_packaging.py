@@ -1,8 +1,9 @@
 """What an installed nbl-modifier promises: metadata, entry points, tested versions."""
 
 import re
+import sys
 import tomllib
-from importlib.metadata import distribution
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import pytest
 from packaging.requirements import Requirement
 
 import nbl_modifier
+from integration_tests.versions import read_results
+from tests.test_import_contract import FILES, imports_of
 
 ROOT = Path(__file__).parents[1]
 INSTALLED = distribution("nbl-modifier")
+# Runs where vLLM does, with what vLLM brings.
+SERVING_SIDE = ("nbl_modifier.hf", "nbl_modifier.vllm_plugin")
 
 
 def read_project(path: Path = ROOT) -> dict[str, Any]:
@@ -27,6 +32,25 @@ def read_pins(environment: str) -> dict[str, str]:
 
 
 PROJECT = read_project()
+PYTHON = "Programming Language :: Python"
+USER_EXTRAS = ("compress", "eval", "lora", "plot")
+DISTRIBUTIONS = packages_distributions()
+
+
+def canonical(name: str) -> str:
+    """Return a distribution's name as all spellings of it compare."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def third_party_imports(serving: bool) -> dict[str, set[str]]:
+    """Return the packages that each module imports, of the serving side or the rest."""
+    found: dict[str, set[str]] = {}
+    for module in FILES:
+        if module.startswith(SERVING_SIDE) == serving:
+            packages = {each.target.partition(".")[0] for each in imports_of(module)}
+            own = {"nbl_modifier", *sys.stdlib_module_names}
+            found[module] = packages - own
+    return found
 
 
 def test_version_is_the_installed_and_the_declared_one() -> None:
@@ -55,6 +79,40 @@ def test_serving_needs_nothing_beyond_the_base_dependencies() -> None:
     """Whatever else a base dependency pulls in, vLLM would have to agree with it."""
     names = {Requirement(line).name for line in PROJECT["dependencies"]}
     assert names == {"torch", "transformers", "safetensors"}
+
+
+def test_base_dependencies_have_no_upper_bounds() -> None:
+    """With one, pip exchanges what vLLM chose: ``tests/test_dependencies.py``."""
+    for line in PROJECT["dependencies"]:
+        operators = [each.operator for each in Requirement(line).specifier]
+        assert operators == [">="], line
+
+
+def test_every_import_is_declared() -> None:
+    """By a base dependency on the serving side, elsewhere by that or an extra."""
+    extras = PROJECT["optional-dependencies"]
+    base = list(PROJECT["dependencies"])
+    declared = {
+        "serving": base,
+        "elsewhere": sum((extras[name] for name in USER_EXTRAS), base),
+    }
+    for side, lines in declared.items():
+        distributions = {canonical(Requirement(line).name) for line in lines}
+        for module, packages in third_party_imports(side == "serving").items():
+            # vLLM cannot be one: it is what the package is installed beside.
+            missing = {
+                package
+                for package in packages - {"vllm", "peft"}
+                if distributions.isdisjoint(map(canonical, DISTRIBUTIONS[package]))
+            }
+            assert not missing, f"{module} imports {missing}, which {side} declares not"
+
+
+def test_classifiers_are_the_pythons_that_were_run() -> None:
+    classifiers = set(PROJECT["classifiers"])
+    named = {each for each in classifiers if each.startswith(f"{PYTHON} :: 3.")}
+    ran = {each["python"].rpartition(".")[0] for each in read_results()}
+    assert named == {f"{PYTHON} :: {version}" for version in ran}
 
 
 def test_public_names_are_listed_without_being_imported() -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_modifier.data import stdlib_texts
 from nbl_modifier.evaluation import PerplexityResult, perplexity
 from nbl_modifier.evaluation.perplexity import summarize
+from nbl_modifier.evaluation.texts import stdlib_texts
 from nbl_modifier.report.methods_table import METHODS_FILE_NAME, MethodsTable
 from tests.tiny_llama import DEMO_MODEL, demo_tokenizer, load
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TASKS = ("arc_easy", "winogrande", "mmlu")
-PAPER, DROP, SLICED = "NBL (paper)", "DROP", "SliceGPT"
+PAPER, BEST, DROP, SLICED = "NBL (paper)", "NBL (best)", "DROP", "SliceGPT"
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,22 @@ def finished(
     arguments = ("--methods", PAPER, DROP, SLICED, "--keep-checkpoints")
     assert run(modules, data, output, *arguments, "--m", "2") == 0
     return output
+
+
+def test_the_best_at_fewer_layers_goes_on_from_the_best_at_more(
+    modules: Any, data: Path, tmp_path: Path
+) -> None:
+    """And is what it would have been by itself, weight for weight."""
+    arguments = ("--methods", BEST, "--parts", "perplexity", "--keep-checkpoints")
+    assert run(modules, data, tmp_path / "both", *arguments) == 0
+    assert run(modules, data, tmp_path / "alone", *arguments, "--m", "1") == 0
+    weights = [
+        load(tmp_path / run_ / "NBL-best-m1" / "checkpoint").state_dict()
+        for run_ in ("both", "alone")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
 
 
 def table_in(folder: Path) -> MethodsTable:

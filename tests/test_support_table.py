@@ -11,7 +11,7 @@ from integration_tests.rows import families, features, more_families, more_featu
 from integration_tests.support_table import (
     BEGIN,
     END,
-    README,
+    PAGE,
     RESULTS,
     render,
     replaced,
@@ -19,7 +19,7 @@ from integration_tests.support_table import (
 
 
 def test_markers_must_be_there() -> None:
-    with pytest.raises(ValueError, match="README.md lacks the lines"):
+    with pytest.raises(ValueError, match="docs/support.md lacks the lines"):
         replaced("no table here", "table")
     assert replaced(f"a\n{BEGIN}\nold\n{END}\nb", "new").splitlines() == [
         "a", BEGIN, "", "new", "", END, "b",
@@ -52,6 +52,20 @@ def test_parts_are_put_together(tmp_path: Path) -> None:
     assert results["cells"].keys() == families().keys()
 
 
+def test_what_a_later_run_found_takes_its_place(tmp_path: Path) -> None:
+    cells = {family: dict.fromkeys(features(), "passed") for family in families()}
+    del cells["llama"]["tp"]
+    write_parts(tmp_path, cells)
+    versions = read_results(RESULTS)["versions"] | {"commit": "def"}
+    later = {"date": "2026-01-02", "minutes": 1, "tests": 1, "failures": 1}
+    later |= {"versions": versions, "cells": {"llama": {"tp": "failed"}}}
+    (tmp_path / "later_x.json").write_text(json.dumps(later), encoding="utf-8")
+    results = read_results(tmp_path)
+    assert results["cells"]["llama"]["tp"] == "failed"
+    results["versions"] = versions
+    assert "on 2026-01-02: TP (Llama). 1 tests passed and 1 failed" in render(results)
+
+
 def test_a_cell_that_was_not_run_is_an_error(tmp_path: Path) -> None:
     cells = {family: dict.fromkeys(features(), "passed") for family in families()}
     del cells["llama"]["tp"]
@@ -60,9 +74,9 @@ def test_a_cell_that_was_not_run_is_an_error(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
-def test_readme_has_the_stored_results() -> None:
-    readme = README.read_text(encoding="utf-8")
-    assert replaced(readme, render(read_results(RESULTS))) == readme
+def test_the_page_has_the_stored_results() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert replaced(page, render(read_results(RESULTS))) == page
 
 
 def test_a_failed_cell_shows() -> None:

@@ -5,6 +5,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import benchmark, compress, evaluate, generate, rank, report
 from .options import Parser
@@ -28,6 +29,20 @@ example:
 # What bad input, a full disk or a missing package raises. Anything else is a bug and
 # keeps its traceback.
 _EXPECTED = (ValueError, NotImplementedError, OSError, ImportError, RuntimeError)
+
+
+class _Version(argparse.Action):
+    """Prints the installed version; looked up only when it is asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        """Print and exit."""
+        from nbl_modifier import __version__
+
+        print(f"{parser.prog} {__version__}")
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +76,9 @@ def build_parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action=_Version, help="print the version of nbl-modifier and exit"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     rank.add_parser(commands)

@@ -22,6 +22,7 @@ from transformers.utils import CONFIG_NAME, cached_file
 from nbl_modifier.architectures import Architecture
 
 from .configuration_nbl import (
+    REFUSED_BY_STOCK_CLASSES,
     LinearizedLayer,
     NBLConfigMixin,
     config_class,
@@ -283,6 +284,7 @@ def _finished_config(
     return saved | {
         "nbl_config": config.nbl_config,
         "auto_map": auto_map(architecture),
+        **REFUSED_BY_STOCK_CLASSES,
     }
 
 

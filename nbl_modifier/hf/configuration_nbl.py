@@ -7,6 +7,7 @@ copied beside checkpoints that load with ``trust_remote_code=True``.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, Self
@@ -16,10 +17,24 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nbl_modifier.architectures import ARCHITECTURES, Architecture
 
-__all__ = ["FORMAT_VERSION", "LinearizedLayer", "NBLConfigMixin", "config_class"]
+__all__ = [
+    "FORMAT_VERSION",
+    "REFUSED_BY_STOCK_CLASSES",
+    "LinearizedLayer",
+    "NBLConfigMixin",
+    "config_class",
+]
 
 #: Version of the ``nbl_config`` block; a reader refuses a newer one.
 FORMAT_VERSION = 1
+
+#: Stands in ``config.json`` where every configuration of transformers wants a bool, so
+#: that stock classes, which look neither at ``model_type`` nor at ``auto_map``, refuse
+#: the file with these words, instead of making attention of random weights.
+REFUSED_BY_STOCK_CLASSES = {
+    "return_dict": "this checkpoint has layers without attention and loads by the Auto "
+    "classes, with nbl_modifier installed and imported or with trust_remote_code=True"
+}
 
 # "7" but not "07", " 7" or "7.0": two keys must not be one layer
 _LAYER = re.compile("0|-?[1-9][0-9]{0,8}")
@@ -113,6 +128,26 @@ class NBLConfigMixin:
     """Adds the ``nbl_config`` block to a base model's configuration class."""
 
     nbl_config: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        Return the configuration that ``config.json`` describes.
+
+        :param config_dict: its content
+        """
+        config_dict = {
+            key: value
+            for key, value in config_dict.items()
+            if not (key in REFUSED_BY_STOCK_CLASSES and isinstance(value, str))
+        }
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    def to_json_string(self, *args: Any, **kwargs: Any) -> str:
+        """Return the content of ``config.json``, which only our classes read."""
+        text: str = super().to_json_string(*args, **kwargs)  # type: ignore[misc]
+        content = json.loads(text) | REFUSED_BY_STOCK_CLASSES
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
     def linearized_layers(self) -> dict[int, LinearizedLayer]:
         """

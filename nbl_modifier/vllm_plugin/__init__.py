@@ -7,7 +7,6 @@ every process it starts. Importing this package needs neither vllm nor torch.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,10 +14,7 @@ if TYPE_CHECKING:
 
     from nbl_modifier.architectures import Architecture
 
-__all__ = ["TESTED_VLLM", "register"]
-
-#: (major, minor) of the vLLM releases this plugin is tested with.
-TESTED_VLLM = (0, 32)
+__all__ = ["register"]
 
 
 def register() -> None:
@@ -34,10 +30,13 @@ def register() -> None:
     from nbl_modifier.architectures import ARCHITECTURES
     from nbl_modifier.hf.configuration_nbl import config_class
 
-    _warn_if_untested()
+    from .versions import adjust_as_base, refuse_float16_as_base, warn_if_untested
+
+    warn_if_untested()
     # hf.register() would import each family's transformers model, which vLLM never uses
     for architecture in ARCHITECTURES.values():
-        _adjust_as_base(architecture)
+        refuse_float16_as_base(architecture)
+        adjust_as_base(architecture)
         if architecture.causal_lm in ModelRegistry.get_supported_archs():
             AutoConfig.register(
                 architecture.nbl_model_type,
@@ -48,20 +47,6 @@ def register() -> None:
                 architecture.nbl_causal_lm,
                 f"{__name__}.model:{architecture.nbl_causal_lm}",
             )
-
-
-def _adjust_as_base(architecture: Architecture) -> None:
-    """
-    Have vLLM adjust its configuration as it does for the base model.
-
-    It knows what to adjust by the name of the model's class (vLLM 0.30 to 0.33,
-    model_executor/models/config.py).
-    """
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
-
-    if architecture.causal_lm in MODELS_CONFIG_MAP:
-        adjust = MODELS_CONFIG_MAP[architecture.causal_lm]
-        MODELS_CONFIG_MAP[architecture.nbl_causal_lm] = adjust
 
 
 def _as_base(
@@ -85,24 +70,3 @@ def _as_base(
             return read
 
     return Reader
-
-
-@cache
-def _warn_if_untested() -> None:
-    """Warn when vLLM is another release than :data:`TESTED_VLLM`, once per process."""
-    from multiprocessing import parent_process
-
-    import vllm
-    from vllm.logger import init_logger
-
-    # Engine and workers are children and load the same vLLM: one warning is enough.
-    if vllm.__version_tuple__[:2] != TESTED_VLLM and parent_process() is None:
-        tested = ".".join(map(str, TESTED_VLLM))
-        init_logger(f"vllm.{__name__}").warning(
-            "nbl_modifier is tested with vLLM %s.x, this is vLLM %s. Linearized "
-            "checkpoints may fail to load, or gain no KV-cache capacity. If so, "
-            "install vLLM %s.x, or a nbl_modifier tested with yours.",
-            tested,
-            vllm.__version__,
-            tested,
-        )

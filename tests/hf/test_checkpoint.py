@@ -28,8 +28,9 @@ import nbl_modifier.hf
 from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.hf.checkpoint import check_output_directory
+from nbl_modifier.hf.configuration_nbl import REFUSED_BY_STOCK_CLASSES
+from nbl_modifier.records.compression import NBLReport
 from nbl_modifier.report.collect import _FILE_NAMES
-from nbl_modifier.report.schema import NBLReport
 from tests.tiny_llama import (
     FOUR_BITS,
     VOCAB_SIZE,
@@ -235,7 +236,8 @@ def test_base_models_spelling_is_kept(
     for out in (tmp_path / "out", tmp_path / "again"):
         model.save_pretrained(out)
         config = saved_config(out)
-        for name in ("model_type", "architectures", "nbl_config", "auto_map"):
+        ours = ("nbl_config", "auto_map", *REFUSED_BY_STOCK_CLASSES)
+        for name in ("model_type", "architectures", *ours):
             config.pop(name)
         assert config == {
             name: value

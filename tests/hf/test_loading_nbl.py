@@ -15,12 +15,13 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 
 from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.hf.loading_nbl import MODELLING_CODE, check_tensors
+from tests.followers import TinyModels
 from tests.tiny_llama import compress, load, logits_of, tensors_in
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,3 +174,45 @@ def test_other_processes_do_not_write(
     assert not list(tmp_path.glob("out/*.py"))
     with pytest.raises(NotImplementedError, match=r"model\.push_to_hub"):
         model.save_pretrained(tmp_path / "out", push_to_hub=True)
+
+
+# --- stock classes, named by hand -----------------------------------------------------
+
+STOCK = """
+import sys, transformers
+for directory, *names in (line.split() for line in sys.stdin):
+    for name in names:
+        try:
+            getattr(transformers, name).from_pretrained(directory)
+        except Exception as err:
+            words = "nbl_modifier" in str(err) and "trust_remote_code" in str(err)
+            print(directory, name, "refused" if words else repr(err))
+        else:
+            print(directory, name, "loaded")
+"""
+
+
+def test_stock_classes_refuse_linearized_checkpoints(
+    tiny_models: TinyModels, rows: Dataset, tmp_path: Path
+) -> None:
+    """They ignore ``model_type``, and would invent attention; without our package."""
+    asked = []
+    for model_type, architecture in ARCHITECTURES.items():
+        base, saved = tiny_models(model_type), tmp_path / model_type
+        recipe = NBLModifier(layers=[1], input=architecture.inputs[0])
+        compress(load(base), recipe, rows, output_dir=str(saved))
+        config = CONFIG_MAPPING[model_type].__name__
+        names = (config, architecture.causal_lm, architecture.base_model)
+        asked.append((saved, names, "refused"))
+        asked.append((base, names, "loaded"))
+        assert AutoConfig.from_pretrained(saved).return_dict is True
+    run = subprocess.run(
+        [sys.executable, "-c", STOCK],
+        input="".join(f"{folder} {' '.join(names)}\n" for folder, names, _ in asked),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.splitlines() == [
+        f"{folder} {name} {answer}" for folder, names, answer in asked for name in names
+    ]
