@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from integration_tests.results import read_results
-from integration_tests.rows import ROOT, Row, families, features, rows
+from integration_tests.rows import (
+    ROOT,
+    Row,
+    families,
+    features,
+    more_families,
+    more_features,
+    rows,
+)
 
 RESULTS = Path(__file__).with_name("results")
 PAGE = ROOT / "docs" / "support.md"
@@ -25,18 +33,17 @@ def render(results: dict[str, Any]) -> str:
 
     :param results: see :func:`read_results`
     """
-    headings = features()
-    lines = [
-        f"| family | {' | '.join(headings.values())} |",
-        f"|:---|{':---:|' * len(headings)}",
-    ]
-    for name, title in families().items():
-        cells = [CELLS[results["cells"][name][feature]] for feature in headings]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines = _table(families(), features(), results["cells"])
+    # Results of before there were any lack them all.
+    if results["cells"].keys() >= more_families().keys():
+        more = _table(more_families(), more_features(), results["cells"])
+        lines += ["", "Families that fewer tests go through:", "", *more]
     ran = results["versions"]
     return "\n".join(
         [
             *lines,
+            "",
+            "All of these are small models with random weights.",
             "",
             *_reasons(results["cells"]),
             "",
@@ -48,6 +55,20 @@ def render(results: dict[str, Any]) -> str:
             *(line for later in results["later"] for line in _later(later)),
         ]
     )
+
+
+def _table(
+    titles: dict[str, str], headings: dict[str, str], cells: dict[str, dict[str, str]]
+) -> list[str]:
+    """Return the lines of a table of families by features."""
+    lines = [
+        f"| family | {' | '.join(headings.values())} |",
+        f"|:---|{':---:|' * len(headings)}",
+    ]
+    for name, title in titles.items():
+        row = [CELLS[cells[name][feature]] for feature in headings]
+        lines.append(f"| {title} | {' | '.join(row)} |")
+    return lines
 
 
 def _environments(ran: dict[str, Any]) -> str:
@@ -87,9 +108,10 @@ def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:
         if row.cell is None or row.unsupported is None:
             continue
         family, feature = row.cell
-        if cells[family][feature] == "unsupported":
+        if cells.get(family, {}).get(feature) == "unsupported":
             reason = (features()[feature], row.unsupported)
-            found.setdefault(reason, []).append(families()[family])
+            titles = families() | more_families()
+            found.setdefault(reason, []).append(titles[family])
     together: dict[tuple[str, str], list[str]] = {}
     for (heading, message), titles in found.items():
         together.setdefault((", ".join(titles), message), []).append(heading)
