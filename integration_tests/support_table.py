@@ -110,8 +110,8 @@ def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:
         family, feature = row.cell
         if cells.get(family, {}).get(feature) == "unsupported":
             reason = (features()[feature], row.unsupported)
-            titles = families() | more_families()
-            found.setdefault(reason, []).append(titles[family])
+            title = (families() | more_families())[family]
+            found.setdefault(reason, []).append(title)
     together: dict[tuple[str, str], list[str]] = {}
     for (heading, message), titles in found.items():
         together.setdefault((", ".join(titles), message), []).append(heading)
