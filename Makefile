@@ -23,7 +23,7 @@ SERVE := $(abspath $(VENV_ROOT)/serve)
 COMPRESS_PY := $(COMPRESS)/bin/python
 SERVE_PY := $(SERVE)/bin/python
 EXTRAS := compress,lora,eval,plot,dev
-CODE := $(wildcard nbl_modifier tests integration_tests benchmarks examples)
+CODE := $(wildcard nbl_modifier tests integration_tests benchmarks examples docs)
 
 # vLLM's CPU build asks for PyTorch's "+cpu" build, which PyPI has for no Linux. It is
 # looked for where pip is configured to look, then at PyTorch's own index.
@@ -87,7 +87,7 @@ integration-versions: env-compress  ## Other versions of vLLM and transformers, 
 	$(COMPRESS_PY) -m integration_tests.versions --environments $(VERSION_ROOT) \
 		$(VERSIONS)
 
-support-table: env-compress  ## Put the last full run's results into README.md
+support-table: env-compress  ## Put the last full run's results into docs/support.md
 	$(COMPRESS_PY) -m integration_tests.support_table
 
 lint: env-compress  ## ruff: rules and formatting

@@ -45,14 +45,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier
 from nbl_modifier.cli.logs import show_ours_and_warnings
-from nbl_modifier.data import pack, stdlib_texts
 from nbl_modifier.evaluation import (
     PerplexityResult,
     evaluate_model,
     load_tasks,
     perplexity,
 )
-from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
+from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "pycode-4m"
 

@@ -25,7 +25,11 @@ import torch
 from torch import Tensor
 
 from nbl_modifier import numerics
-from nbl_modifier.capture import HeldoutStatistics, LayerMoments, LayerStatistics
+from nbl_modifier.layer_statistics.moments import (
+    HeldoutStatistics,
+    LayerMoments,
+    LayerStatistics,
+)
 
 ROWS = 512
 BATCHES = 32

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nbl_modifier import NBLModifier
 from nbl_modifier.cli.logs import show_ours_and_warnings
-from nbl_modifier.data import pack, stdlib_texts
 from nbl_modifier.evaluation import PerplexityResult, perplexity
-from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
+from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
 
 Criterion = Literal["cca_bound", "nmse"]
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "pycode-4m"

@@ -17,9 +17,12 @@ from paper_results import Cell, Results  # type: ignore[import-not-found]
 
 from nbl_modifier.evaluation import PerplexityResult, Score, TaskScores
 from nbl_modifier.evaluation.scores import pooled, ratio_score, spread
+from nbl_modifier.records.files import write_atomically
+from nbl_modifier.records.measurements import benchmark_measurements
+from nbl_modifier.records.provenance import collect_versions, utc_timestamp
+from nbl_modifier.records.speed import SPEED_FILE_NAME
 from nbl_modifier.report.blocks import Section
 from nbl_modifier.report.markdown import render_markdown
-from nbl_modifier.report.measurements import benchmark_measurements
 from nbl_modifier.report.methods_section import FIGURES, figures, methods_section
 from nbl_modifier.report.methods_table import (
     METHODS_FILE_NAME,
@@ -28,9 +31,6 @@ from nbl_modifier.report.methods_table import (
     TextResult,
     Value,
 )
-from nbl_modifier.report.provenance import collect_versions, utc_timestamp
-from nbl_modifier.report.schema import write_atomically
-from nbl_modifier.report.speed import SPEED_FILE_NAME
 
 
 def table_of(results: Results, order: tuple[str, ...]) -> MethodsTable:

@@ -16,8 +16,8 @@ from methods import (  # type: ignore[import-not-found]  # beside this script
     slug,
 )
 
-from nbl_modifier.report.provenance import collect_versions, utc_timestamp
-from nbl_modifier.report.schema import write_atomically
+from nbl_modifier.records.files import write_atomically
+from nbl_modifier.records.provenance import collect_versions, utc_timestamp
 
 _SETTINGS_FILE_NAME = "settings.json"
 _CELL = "cell"

@@ -78,17 +78,11 @@ import nbl_modifier.hf
 from nbl_modifier import NBLModifier
 from nbl_modifier.cli.logs import show_ours_and_warnings
 from nbl_modifier.cli.sources import positive
-from nbl_modifier.evaluation import (
-    SUITES,
-    Task,
-    evaluate_model,
-    load_tasks,
-    perplexity,
-)
+from nbl_modifier.evaluation import SUITES, Task, evaluate_model, load_tasks, perplexity
 from nbl_modifier.evaluation.cache import fingerprint
 from nbl_modifier.evaluation.harness import LoadedTask
-from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
-from nbl_modifier.report.speed import SPEED_FILE_NAME
+from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
+from nbl_modifier.records.speed import SPEED_FILE_NAME
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "pycode-4m"
 METHODS = (PAPER, BEST, DROP, BLOCK_DROP, SLEB, BLOCK_NBL, SLICED)

@@ -16,7 +16,13 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from nbl_modifier.data import HUB_TEXTS, hub_texts, is_local, load_texts, pack
+from nbl_modifier.evaluation.texts import (
+    HUB_TEXTS,
+    hub_texts,
+    is_local,
+    load_texts,
+    pack,
+)
 
 # What a small base model completes right, and what counts as right.
 FACTS = {

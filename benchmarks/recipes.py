@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import nbl_modifier.hf
 from nbl_modifier.cli import main as nbl
 from nbl_modifier.cli.results import weight_bytes
-from nbl_modifier.data import pack, stdlib_texts
 from nbl_modifier.evaluation import PerplexityResult, perplexity
+from nbl_modifier.evaluation.texts import pack, stdlib_texts
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "models" / "pycode-4m"

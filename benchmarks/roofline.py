@@ -5,7 +5,8 @@ What a number of linear attention layers should gain on this machine, or on any.
 Measures the peaks of this machine (or takes those given), reads the shape of a model
 from its config.json, and prints how much faster it would read prompts and generate with
 some of its attention layers linear, if only bytes and floating-point operations took
-time. The model of time is nbl_modifier/roofline.py; docs/performance.md explains it.
+time. The model of time is nbl_modifier/benchmark/roofline.py; docs/performance.md
+explains it.
 
     python benchmarks/roofline.py examples/models/pycode-4m --linearized 4,8
 
@@ -21,8 +22,7 @@ from typing import Any
 import torch
 
 from nbl_modifier.benchmark.peaks import measure_peaks
-from nbl_modifier.benchmark.shapes import Model, load_model
-from nbl_modifier.roofline import (
+from nbl_modifier.benchmark.roofline import (
     Kernel,
     Machine,
     ModelShape,
@@ -31,6 +31,7 @@ from nbl_modifier.roofline import (
     prefill_works,
     total_seconds,
 )
+from nbl_modifier.benchmark.shapes import Model, load_model
 
 
 def linearized(model: Model, hidden_size: int, count: int) -> ModelShape:

@@ -35,18 +35,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import architecture_of
-from nbl_modifier.calibration import Calibration
-from nbl_modifier.data import pack, stdlib_texts
-from nbl_modifier.distillation import Distillation
+from nbl_modifier.calibration.calibration import Calibration
+from nbl_modifier.calibration.forward import PartialForward
+from nbl_modifier.calibration.passes import Passes
 from nbl_modifier.evaluation import PerplexityResult
-from nbl_modifier.forward import PartialForward
+from nbl_modifier.evaluation.texts import pack, stdlib_texts
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
-from nbl_modifier.passes import Passes
-from nbl_modifier.search import TRIED, Search
-from nbl_modifier.selection import Budget
-from nbl_modifier.surgery import Replacement
-from nbl_modifier.trials import Trials
-from nbl_modifier.windows import Batch, Windows, held_out_batches
+from nbl_modifier.layer_statistics.windows import Batch, Windows, held_out_batches
+from nbl_modifier.replacement.surgery import Replacement
+from nbl_modifier.search.budget import Budget
+from nbl_modifier.search.distillation import Distillation
+from nbl_modifier.search.path import TRIED, Search
+from nbl_modifier.search.trials import Trials
 
 CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl", "kl_angle")
 

@@ -12,7 +12,7 @@ from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nbl_modifier import NBLModifier
-from nbl_modifier.data import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import pack, stdlib_texts
 
 # Small, and trained on Python source, so that the example runs anywhere in seconds.
 MODEL_ID = str(Path(__file__).parent / "models" / "pycode-4m")

@@ -38,8 +38,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from nbl_modifier.data import STDLIB, load_texts, pack
 from nbl_modifier.evaluation import PerplexityResult, perplexity
+from nbl_modifier.evaluation.texts import STDLIB, load_texts, pack
 
 # Shorter files say nothing, longer ones are generated tables.
 MIN_CHARACTERS, MAX_CHARACTERS = 400, 60_000

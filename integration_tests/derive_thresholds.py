@@ -38,7 +38,7 @@ from integration_tests.lm_eval_rows import (
 from integration_tests.materials import heldout_nll, trained_model
 from integration_tests.rows import CONFIGS, Row, rows
 from nbl_modifier.cli.logs import show_ours_and_warnings
-from nbl_modifier.report.schema import write_atomically
+from nbl_modifier.records.files import write_atomically
 
 ONCE_IN = 1000
 

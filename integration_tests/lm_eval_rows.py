@@ -19,7 +19,7 @@ import yaml
 from integration_tests.harness import serve_python, tail
 from nbl_modifier.cli import main
 from nbl_modifier.cli.evaluate import RESULTS_FILE_NAME
-from nbl_modifier.data import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import pack, stdlib_texts
 
 ROOT = Path(__file__).parents[1]
 ROWS = Path(__file__).with_name("lm_eval")
@@ -93,7 +93,7 @@ def compress(row: LmEvalRow, directory: Path, seed: int) -> None:
     from llmcompressor import oneshot
     from transformers import AutoTokenizer
 
-    import nbl_modifier.modifier  # noqa: F401  # makes NBLModifier known to recipes
+    import nbl_modifier.llmcompressor_plugin.modifier  # noqa: F401  # makes NBLModifier known to recipes
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / row.model)
     texts = stdlib_texts("calibration", seed)

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from integration_tests.rows import DEMO_MODEL, REAL_MODELS, ROOT
 from nbl_modifier.architectures import architecture_of
-from nbl_modifier.data import load_texts, pack
 from nbl_modifier.evaluation import perplexity
+from nbl_modifier.evaluation.texts import load_texts, pack
 from nbl_modifier.hf import register
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def compress(
     """
     from llmcompressor import oneshot
 
-    import nbl_modifier.modifier  # noqa: F401  # makes NBLModifier known to recipes
+    import nbl_modifier.llmcompressor_plugin.modifier  # noqa: F401  # makes NBLModifier known to recipes
 
     has_own = (source / "processor_config.json").exists()
     tokenizer = _tokenizer(name)

@@ -17,7 +17,7 @@ from typing import Any
 
 from openai import AsyncOpenAI, OpenAI
 
-from nbl_modifier.data import load_texts
+from nbl_modifier.evaluation.texts import load_texts
 
 API_KEY = "none"  # vllm serve asks for no key, the client insists on one
 # Of one request; many times what 64 in parallel take on two cores.

@@ -12,7 +12,7 @@ from integration_tests.harness import (
     vllm_environment,
 )
 from integration_tests.materials import DEMO_DIRECTORY
-from nbl_modifier.report.speed import SpeedReport
+from nbl_modifier.records.speed import SpeedReport
 
 RECIPE = "default_stage: {default_modifiers: {NBLModifier: {layers: [0, 5, 9, 15]}}}"
 

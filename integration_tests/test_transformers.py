@@ -16,7 +16,7 @@ from integration_tests.materials import heldout_nll, load_model, max_tokens, pro
 from integration_tests.reference import Continuation, generate
 from integration_tests.rows import Row, rows
 from nbl_modifier.architectures import architecture_of
-from nbl_modifier.report.schema import NBLReport
+from nbl_modifier.records.compression import NBLReport
 
 # The longest prompts outgrow sliding windows; a few show what all would.
 NUM_PROMPTS = 3

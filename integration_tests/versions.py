@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 
 from integration_tests.results import commit, installed
 from integration_tests.rows import ROOT
-from nbl_modifier.report.schema import write_atomically
+from nbl_modifier.records.files import write_atomically
 
 REQUIREMENTS = ROOT / "requirements" / "versions"
 RESULTS = Path(__file__).with_name("version_results")

@@ -8,13 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .modifier import NBLModifier
+    from .llmcompressor_plugin.modifier import NBLModifier
 
     __version__: str
 
 __all__ = ["NBLModifier", "__version__"]
 
-_MODULES = {"NBLModifier": ".modifier"}
+_MODULES = {"NBLModifier": ".llmcompressor_plugin.modifier"}
 _COMPRESS_PACKAGES = {"compressed_tensors", "llmcompressor", "loguru", "pydantic"}
 
 

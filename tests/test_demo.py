@@ -9,7 +9,7 @@ import demo
 import pytest
 import real_model
 
-from nbl_modifier.data import load_texts
+from nbl_modifier.evaluation.texts import load_texts
 
 
 def test_text_of_the_language_reference(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ import nbl_modifier.hf
 from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.cli import main
-from nbl_modifier.cli.recipes import load_recipe
 from nbl_modifier.hf.configuration_nbl import config_class
+from nbl_modifier.llmcompressor_plugin.recipe_file import load_recipe
 from tests.tiny_llama import compress, linearized, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -37,105 +37,57 @@ class Layer:
 # folder its files may import each other. Editing a row is a design decision.
 LAYERS = {
     "cli": Layer(
-        ours="ranking modifier benchmark evaluation products report data hf"
+        ours="llmcompressor_plugin benchmark evaluation report records numerics hf"
         " architectures",
         lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru"
         " yaml vllm lm_eval safetensors",
     ),
-    "ranking": Layer(ours="modifier search report", packages="llmcompressor pydantic"),
-    "modifier": Layer(
-        ours="search distillation reuse store calibration progress cost composition"
-        " saving smoothing preflight fitting methods surgery upstream products report"
-        " hf architectures selection kv_cache",
-        packages="llmcompressor compressed_tensors pydantic loguru torch transformers",
+    # Where NBLModifier was in 0.1.
+    "modifier": Layer(ours="llmcompressor_plugin"),
+    "llmcompressor_plugin": Layer(
+        ours="search calibration replacement layer_statistics report records numerics"
+        " hf architectures criteria kv_cache",
+        packages="llmcompressor compressed_tensors pydantic loguru torch transformers"
+        " yaml",
     ),
     "search": Layer(
-        ours="distillation passes trials calibration cost forward preflight surgery"
-        " windows evaluation report architectures selection methods",
-        packages="llmcompressor loguru torch",
-    ),
-    "distillation": Layer(
-        ours="muon trials forward surgery windows hf architectures",
-        packages="loguru torch",
-    ),
-    "muon": Layer(packages="torch"),
-    "passes": Layer(
-        ours="calibration forward surgery windows architectures",
-        packages="llmcompressor torch",
-    ),
-    "trials": Layer(
-        ours="forward surgery windows evaluation architectures",
-        packages="torch",
-    ),
-    "forward": Layer(
-        ours="cost products windows hf architectures", packages="torch transformers"
+        ours="calibration replacement layer_statistics evaluation records hf"
+        " architectures criteria kv_cache",
+        packages="llmcompressor compressed_tensors loguru torch",
     ),
     "calibration": Layer(
-        ours="store distributed capture cost fitting preflight surgery hf architectures"
-        " numerics",
-        packages="llmcompressor loguru torch",
+        ours="replacement layer_statistics numerics hf architectures",
+        packages="llmcompressor loguru torch tqdm transformers",
     ),
-    "reuse": Layer(
-        ours="store fingerprint distributed preflight windows",
-        packages="loguru torch transformers",
-    ),
-    "distributed": Layer(ours="capture", packages="torch"),
-    "store": Layer(
-        ours="fingerprint packing capture report", packages="safetensors torch"
-    ),
-    "packing": Layer(ours="capture numerics", packages="torch"),
-    "fingerprint": Layer(packages="torch transformers"),
-    "saving": Layer(
-        ours="upstream report hf architectures",
-        packages="llmcompressor compressed_tensors transformers yaml",
-    ),
-    "composition": Layer(
-        ours="smoothing upstream hf architectures",
-        packages="llmcompressor compressed_tensors torch transformers",
-    ),
-    "smoothing": Layer(
-        ours="hf architectures",
-        packages="llmcompressor compressed_tensors torch",
-    ),
-    "preflight": Layer(
-        ours="distributed windows upstream hf architectures",
+    "replacement": Layer(
+        ours="numerics hf architectures",
         packages="compressed_tensors loguru torch transformers",
     ),
-    "methods": Layer(),
-    "progress": Layer(ours="cost preflight", packages="loguru torch tqdm transformers"),
-    "cost": Layer(),
-    "fitting": Layer(ours="surgery hf architectures numerics", packages="torch"),
-    "surgery": Layer(ours="hf architectures", packages="compressed_tensors torch"),
-    "windows": Layer(packages="torch"),
-    "upstream": Layer(
-        ours="architectures",
-        packages="llmcompressor compressed_tensors torch transformers",
+    "layer_statistics": Layer(
+        ours="records numerics", packages="loguru safetensors torch transformers"
     ),
-    "capture": Layer(ours="numerics", packages="torch"),
     "evaluation": Layer(
-        ours="products report data hf",
+        ours="records numerics hf",
         packages="torch",
         lazy="transformers datasets lm_eval tqdm",
     ),
     "benchmark": Layer(
-        ours="report roofline hf architectures",
+        ours="records hf architectures",
         packages="torch",
         lazy="transformers vllm",
     ),
-    "roofline": Layer(),
-    "products": Layer(packages="torch", lazy="loguru"),
-    "report": Layer(ours="kv_cache", lazy="matplotlib"),
-    "data": Layer(lazy="torch transformers datasets"),
+    "report": Layer(ours="records kv_cache", lazy="matplotlib"),
     "vllm_plugin": Layer(ours="hf architectures", packages="vllm torch transformers"),
+    "records": Layer(),
     "hf": Layer(
         ours="architectures", packages="torch transformers safetensors", lazy="peft"
     ),
+    "numerics": Layer(packages="torch", lazy="scipy loguru"),
     "architectures": Layer(),
-    "selection": Layer(ours="kv_cache"),
+    "criteria": Layer(),
     "kv_cache": Layer(),
-    "numerics": Layer(packages="torch", lazy="scipy"),
     # The facade names the modifier for type checkers; it must not run that import.
-    "__init__": Layer(ours="modifier"),
+    "__init__": Layer(ours="llmcompressor_plugin"),
 }
 
 
@@ -213,7 +165,9 @@ def imported_modules(node: ast.AST, folder: str) -> list[str]:
     # "from . import psd" imports a module, "from .psd import symmetrize" a name of one,
     # and a public name of the facade stands for the module that defines it.
     names = [f"{source}.{alias.name}" for alias in node.names]
-    public = {f"{PACKAGE.name}.NBLModifier": f"{PACKAGE.name}.modifier"}
+    public = {
+        f"{PACKAGE.name}.NBLModifier": f"{PACKAGE.name}.llmcompressor_plugin.modifier"
+    }
     return [public.get(name, name if name in FILES else source) for name in names]
 
 
@@ -315,8 +269,6 @@ def test_serving_side_imports_without_optional_packages(module: str) -> None:
 
 
 def test_missing_llmcompressor_names_the_remedy() -> None:
-    if "nbl_modifier.modifier" not in FILES:
-        pytest.skip("nbl_modifier.modifier does not exist yet")
     message = run_python(
         "try:\n"
         "    from nbl_modifier import NBLModifier\n"

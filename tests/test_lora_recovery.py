@@ -20,8 +20,8 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier
-from nbl_modifier.data import load_texts, pack
-from nbl_modifier.report.schema import NBLReport
+from nbl_modifier.evaluation.texts import load_texts, pack
+from nbl_modifier.records.compression import NBLReport
 from tests.tiny_llama import (
     DEMO_MODEL,
     compress,

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from nbl_modifier.data import stdlib_texts
 from nbl_modifier.evaluation import PerplexityResult, perplexity
 from nbl_modifier.evaluation.perplexity import summarize
+from nbl_modifier.evaluation.texts import stdlib_texts
 from nbl_modifier.report.methods_table import METHODS_FILE_NAME, MethodsTable
 from tests.tiny_llama import DEMO_MODEL, demo_tokenizer, load
 

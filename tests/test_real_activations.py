@@ -18,11 +18,16 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nbl_modifier import NBLModifier, data
+from nbl_modifier import NBLModifier
+from nbl_modifier.evaluation.texts import pack, stdlib_texts
 from nbl_modifier.numerics import CovarianceAccumulator, nmse_bound, solve_lmmse
-from nbl_modifier.report.schema import NBLReport
+from nbl_modifier.records.compression import NBLReport
+from tests.llmcompressor_plugin.test_modifier import (
+    Activations,
+    activations,
+    assert_map,
+)
 from tests.numerics import oracle
-from tests.test_modifier import Activations, activations, assert_map
 from tests.tiny_llama import Model, compress, linearized
 
 pytestmark = pytest.mark.real_model
@@ -47,7 +52,7 @@ def folder(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows(smollm2: Path) -> Dataset:
     """Return 6,144 tokens, more than ten for each of 576 dimensions."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    return data.pack(data.stdlib_texts("calibration"), tokenizer, 512, 12)
+    return pack(stdlib_texts("calibration"), tokenizer, 512, 12)
 
 
 @pytest.fixture(scope="module")

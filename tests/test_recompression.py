@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nbl_modifier import NBLModifier
-from nbl_modifier.report.schema import NBLReport
+from nbl_modifier.records.compression import NBLReport
 from tests.followers import FAMILIES, FOLLOWERS, Kind, TinyModels, quantizer
 from tests.tiny_llama import compress, linearized, load, logits_of, tensors_in
 

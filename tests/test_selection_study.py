@@ -64,7 +64,8 @@ def test_one_study(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On the demo model, one layer replaced; the paper's settings choose as oneshot."""
-    from nbl_modifier import NBLModifier, data
+    from nbl_modifier import NBLModifier
+    from nbl_modifier.evaluation.texts import pack, stdlib_texts
     from tests.tiny_llama import compress, demo_tokenizer, load
 
     few = [study.Setting("cosine", "greedy"), study.Setting("loss", refit=True)]
@@ -78,7 +79,7 @@ def test_one_study(
     rows = study.Store(tmp_path / "study.json").rows
     assert {r.setting for r in rows} >= {*study.NAMED.values(), *few}
     paper = next(r for r in rows if r.setting == study.PAPER and r.num_windows == 8)
-    windows = data.pack(data.stdlib_texts("calibration"), demo_tokenizer(), 128, 8)
+    windows = pack(stdlib_texts("calibration"), demo_tokenizer(), 128, 8)
     fitted = windows.select([0, 1, 2, 4, 5, 6])  # batches of two, the third held out
     recipe = NBLModifier(num_layers=1)
     compress(load(DEMO_MODEL), recipe, fitted)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nbl_modifier.data import pack, stdlib_texts
 from nbl_modifier.evaluation import perplexity
+from nbl_modifier.evaluation.texts import pack, stdlib_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

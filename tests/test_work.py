@@ -16,9 +16,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nbl_modifier import NBLModifier, data, numerics
-from nbl_modifier.capture import HeldoutStatistics, LayerMoments, LayerStatistics
-from nbl_modifier.cost import Settings, plan
+from nbl_modifier import NBLModifier, numerics
+from nbl_modifier.calibration.cost import Settings, plan
+from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.layer_statistics.moments import (
+    HeldoutStatistics,
+    LayerMoments,
+    LayerStatistics,
+)
 from tests.tiny_llama import (
     DEMO_MODEL,
     Model,
@@ -277,8 +282,8 @@ def test_as_many_forward_passes_as_planned_for_what_was_chosen(llama: Path) -> N
 
 def test_preset_best_takes_about_as_many_forward_passes_as_stated() -> None:
     """How many layers greedy selection tries again depends on the model."""
-    texts = data.stdlib_texts("calibration")
-    source = data.pack(texts, demo_tokenizer(), seq_length=128, num_sequences=48)
+    texts = stdlib_texts("calibration")
+    source = pack(texts, demo_tokenizer(), seq_length=128, num_sequences=48)
     model = load(DEMO_MODEL)
     counter = WindowCounter(model)
     modifier = NBLModifier(num_layers=4, preset="best")

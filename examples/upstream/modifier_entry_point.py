@@ -27,9 +27,9 @@ def finds_it() -> bool:
 
 def main() -> int:
     """Return 0 if it is as described."""
-    print("recipe before `import nbl_modifier.modifier`:")
+    print("recipe before `from nbl_modifier import NBLModifier`:")
     before = finds_it()
-    import nbl_modifier.modifier  # noqa: F401  # registers itself
+    from nbl_modifier import NBLModifier  # noqa: F401  # registers itself
 
     print("and after:")
     after = finds_it()

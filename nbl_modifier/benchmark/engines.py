@@ -13,8 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from nbl_modifier.roofline import Machine
-
+from .roofline import Machine
 from .timing import Timing
 
 __all__ = ["Engine", "EngineError", "Job", "Loaded", "tail"]

@@ -5,15 +5,8 @@ from __future__ import annotations
 
 import math
 
-from nbl_modifier.roofline import (
-    Kernel,
-    Machine,
-    decode_works,
-    prefill_works,
-    total_seconds,
-)
-
 from .plan import Benchmark, Cell, Settings
+from .roofline import Kernel, Machine, decode_works, prefill_works, total_seconds
 from .shapes import Model
 
 __all__ = ["fit_together", "largest_batch", "predicted_seconds", "reason_to_skip"]

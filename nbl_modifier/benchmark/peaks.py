@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
-from nbl_modifier.roofline import Machine
+from .roofline import Machine
 
 __all__ = ["measure_peaks"]
 

@@ -6,9 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from nbl_modifier.roofline import Kernel
-
 from .engines import Loaded
+from .roofline import Kernel
 from .shapes import Model
 from .timing import Timing
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from nbl_modifier.report.speed import SpeedReport
+from nbl_modifier.records.speed import SpeedReport
 
 from .engines import Engine, EngineError, Job
 from .limits import fit_together, reason_to_skip

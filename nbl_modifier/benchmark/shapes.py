@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nbl_modifier.roofline import AttentionShape, ModelShape, Product
+from .roofline import AttentionShape, ModelShape, Product
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from nbl_modifier.report.provenance import collect_versions, utc_timestamp
-from nbl_modifier.report.speed import (
+from nbl_modifier.records.provenance import collect_versions, utc_timestamp
+from nbl_modifier.records.speed import (
     FORMAT_VERSION,
     Capacity,
     MeasuredModel,
@@ -14,10 +14,10 @@ from nbl_modifier.report.speed import (
     SpeedReport,
     SpeedRow,
 )
-from nbl_modifier.roofline import Machine
 
 from .limits import largest_batch, predicted_seconds
 from .plan import Benchmark, Cell
+from .roofline import Machine
 
 __all__ = ["make_report"]
 

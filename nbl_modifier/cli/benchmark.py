@@ -188,9 +188,9 @@ def run(args: argparse.Namespace) -> None:
     """
     from nbl_modifier.benchmark import runner
     from nbl_modifier.benchmark.shapes import load_model
+    from nbl_modifier.records.files import write_atomically
+    from nbl_modifier.records.speed import SPEED_FILE_NAME
     from nbl_modifier.report.markdown import fenced
-    from nbl_modifier.report.schema import write_atomically
-    from nbl_modifier.report.speed import SPEED_FILE_NAME
     from nbl_modifier.report.speed_table import (
         markdown_speed_table,
         speed_summary,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .options import path, positive
-from .probe import BASE, with_probes
 from .processes import part_of, process_group, rank, share_of, world_size
 from .sources import add_data_arguments, add_statistics_arguments
 
@@ -166,9 +165,10 @@ def prepare(args: argparse.Namespace) -> Plan:
     :raises FileNotFoundError: if a named file does not exist
     :raises NotImplementedError: if the architecture is not supported
     """
+    from nbl_modifier.llmcompressor_plugin.recipe_file import load_recipe
+
     from .checks import check_heldout, check_model, check_output
     from .logs import show_ours_and_warnings
-    from .recipes import load_recipe
     from .sources import (
         calibration_rows,
         heldout_rows,
@@ -183,7 +183,7 @@ def prepare(args: argparse.Namespace) -> Plan:
         show_ours_and_warnings()
     recipe = load_recipe(args.recipe)
 
-    from nbl_modifier.modifier import NBLModifier
+    from nbl_modifier.llmcompressor_plugin.modifier import NBLModifier
 
     has_nbl = any(isinstance(each, NBLModifier) for each in recipe.modifiers)
     config = check_model(args.model, linearize=has_nbl)
@@ -221,9 +221,10 @@ def calibrate(plan: Plan) -> dict[str, PerplexityResult]:
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
-    from nbl_modifier.data import is_packed
     from nbl_modifier.evaluation import perplexity
-    from nbl_modifier.products import FastProducts
+    from nbl_modifier.evaluation.texts import is_packed
+    from nbl_modifier.llmcompressor_plugin.probe import BASE, with_probes
+    from nbl_modifier.numerics.products import FastProducts
 
     from .sources import load_model
 

@@ -164,7 +164,7 @@ def _names(text: str) -> list[str]:
 
 def _baseline_of(checkpoint: str) -> str:
     """Return the model that the first NBL run on the checkpoint started from."""
-    from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
+    from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
 
     path = Path(checkpoint) / REPORT_FILE_NAME
     if not path.is_file():
@@ -245,7 +245,7 @@ def _cache(
     import torch
 
     from nbl_modifier.evaluation.cache import ScoreCache, default_folder, fingerprint
-    from nbl_modifier.report.provenance import collect_versions
+    from nbl_modifier.records.provenance import collect_versions
 
     if args.no_cache:
         return None
@@ -300,8 +300,8 @@ def _base_scores(
 def _write(
     path: Path, baseline: str, comparison: Comparison, args: argparse.Namespace
 ) -> None:
-    from nbl_modifier.report.provenance import collect_versions, utc_timestamp
-    from nbl_modifier.report.schema import write_atomically
+    from nbl_modifier.records.files import write_atomically
+    from nbl_modifier.records.provenance import collect_versions, utc_timestamp
 
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
             print("\n".join(f"    {line}" for line in completion.splitlines()))
         print(flush=True)
     if args.json:
-        from nbl_modifier.report.schema import write_atomically
+        from nbl_modifier.records.files import write_atomically
 
         rows = [asdict(result) for result in results]
         write_atomically(args.json, json.dumps(rows, indent=2) + "\n")

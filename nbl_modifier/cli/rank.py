@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from nbl_modifier.report.schema import NBLReport
+    from nbl_modifier.records.compression import NBLReport
 
 RANKING_FILE_NAME = "nbl_ranking.json"
 
@@ -121,8 +121,8 @@ def _measure(
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
-    from nbl_modifier.data import is_packed
-    from nbl_modifier.ranking import RankingModifier
+    from nbl_modifier.evaluation.texts import is_packed
+    from nbl_modifier.llmcompressor_plugin.ranking import RankingModifier
 
     modifier = RankingModifier(
         criterion=args.criterion,

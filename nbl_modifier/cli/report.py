@@ -69,11 +69,11 @@ def run(args: argparse.Namespace) -> None:
         cannot be written there
     :raises ImportError: if matplotlib is not installed
     """
+    from nbl_modifier.records.files import write_atomically
+    from nbl_modifier.records.provenance import utc_timestamp
     from nbl_modifier.report.collect import collect
     from nbl_modifier.report.html_page import render_html
     from nbl_modifier.report.markdown import render_markdown
-    from nbl_modifier.report.provenance import utc_timestamp
-    from nbl_modifier.report.schema import write_atomically
     from nbl_modifier.report.sections import group_sections
 
     page = args.output

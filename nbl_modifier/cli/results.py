@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nbl_modifier.evaluation import PerplexityResult
-    from nbl_modifier.report.schema import NBLReport
+    from nbl_modifier.records.compression import NBLReport
 
 PLOT_FILE_NAME = "nbl_ranking.png"
 
@@ -27,12 +27,12 @@ def update_report(
     :param figures: perplexities in order
     :return: the report as it is now
     """
-    from nbl_modifier.report.measurements import (
+    from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
+    from nbl_modifier.records.measurements import (
         PERPLEXITY_RATIO,
         PERPLEXITY_RATIO_ERROR,
     )
     from nbl_modifier.report.model_card import write_report
-    from nbl_modifier.report.schema import REPORT_FILE_NAME, NBLReport
 
     directory = Path(output)
     evaluation = {

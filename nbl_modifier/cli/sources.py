@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from nbl_modifier.modifier import NBLModifier
+    from nbl_modifier.llmcompressor_plugin.modifier import NBLModifier
 
 _MAX_DEFAULT_SEQ_LENGTH = 2048
 
@@ -104,7 +104,7 @@ def use_statistics(args: argparse.Namespace, recipe: Recipe) -> bool:
     :return: whether the recipe still needs calibration data
     :raises ValueError: if there is no NBLModifier to use them
     """
-    from nbl_modifier.modifier import NBLModifier
+    from nbl_modifier.llmcompressor_plugin.modifier import NBLModifier
 
     needs_data = False
     for modifier in recipe.modifiers:
@@ -145,7 +145,7 @@ def refuse_idle_data_options(args: argparse.Namespace, calibrates: bool) -> None
     :param calibrates: whether the run needs calibration data
     :raises ValueError: naming the option
     """
-    from nbl_modifier.data import HUB_TEXTS, is_local
+    from nbl_modifier.evaluation.texts import HUB_TEXTS, is_local
 
     measures = heldout_source(args) is not None
     of_names = ("dataset_config", "split")
@@ -172,7 +172,7 @@ def refuse_idle_data_options(args: argparse.Namespace, calibrates: bool) -> None
 
 
 def _may_have_columns(source: str) -> bool:
-    from nbl_modifier.data import HUB_TEXTS, STDLIB, is_local, is_table
+    from nbl_modifier.evaluation.texts import HUB_TEXTS, STDLIB, is_local, is_table
 
     if not is_local(source):
         return source not in HUB_TEXTS
@@ -256,7 +256,7 @@ def calibration_rows(
     :raises ValueError: if there are none; the message names the option
     :raises FileNotFoundError: if a file does not exist
     """
-    from nbl_modifier.data import calibration_windows
+    from nbl_modifier.evaluation.texts import calibration_windows
 
     with _naming("--dataset", args.dataset):
         texts = _calibration_texts(args)
@@ -285,7 +285,7 @@ def _naming(option: str, source: str) -> Iterator[None]:
 
 def _calibration_texts(args: argparse.Namespace) -> Iterable[str] | None:
     """Return documents to pack, or None if llm-compressor is to make the rows."""
-    from nbl_modifier.data import HUB_TEXTS, hub_texts, is_local, load_texts
+    from nbl_modifier.evaluation.texts import HUB_TEXTS, hub_texts, is_local, load_texts
 
     if is_local(args.dataset):
         return load_texts(args.dataset, "calibration", args.text_column, args.seed)
@@ -335,7 +335,7 @@ def heldout_source(args: argparse.Namespace) -> str | None:
 
     :param args: the command line; that of ``nbl rank`` has no such option
     """
-    from nbl_modifier.data import STDLIB
+    from nbl_modifier.evaluation.texts import STDLIB
 
     source: str | None = getattr(args, "heldout", "none")
     if source is None:
@@ -355,7 +355,7 @@ def heldout_rows(
     :raises ValueError: if there are none; the message names the option
     :raises FileNotFoundError: if a file does not exist
     """
-    from nbl_modifier.data import STDLIB, is_local, load_texts, pack
+    from nbl_modifier.evaluation.texts import STDLIB, is_local, load_texts, pack
 
     source = heldout_source(args)
     if source is None:

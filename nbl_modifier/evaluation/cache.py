@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nbl_modifier.report.schema import write_atomically
+from nbl_modifier.records.files import write_atomically
 
 from .scores import TaskScores
 

@@ -3,7 +3,7 @@
 Documents of the offline lm-eval tasks, made from the standard library's source.
 
 The YAML files in ``tasks/`` name the functions here. Everything is drawn from the
-held-out modules (:func:`nbl_modifier.data.stdlib_texts`), which calibration never sees,
+held-out modules (:func:`.texts.stdlib_texts`), which calibration never sees,
 in an order drawn by a fixed seed, so the first documents are a fair sample of all. The
 same Python version makes the same documents.
 """
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nbl_modifier.data import stdlib_texts
+from .texts import stdlib_texts
 
 if TYPE_CHECKING:
     from datasets import Dataset

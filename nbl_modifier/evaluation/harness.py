@@ -85,7 +85,7 @@ def evaluate_model(
     loaded = _loaded(tasks)
     from lm_eval.models.huggingface import HFLM
 
-    from nbl_modifier.products import FastProducts
+    from nbl_modifier.numerics.products import FastProducts
 
     with _quiet(), evaluation_mode(model), FastProducts():
         lm = HFLM(

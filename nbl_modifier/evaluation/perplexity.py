@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from nbl_modifier.products import FastProducts
+from nbl_modifier.numerics.products import FastProducts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Second moments, LMMSE and CCA in float64. Imports torch and the standard library
-only: no transformers, no llmcompressor, no logging.
+only: no transformers, no llmcompressor.
 """
 
 from .attention import AttentionSolution, solve_attention

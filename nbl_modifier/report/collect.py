@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .measurements import (
+from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
+from nbl_modifier.records.measurements import (
     EVALUATION_FILE_NAME,
     MEASUREMENTS_FILE_NAME,
     Measurement,
@@ -19,9 +20,9 @@ from .measurements import (
     load_measurements,
     report_measurements,
 )
+from nbl_modifier.records.speed import SPEED_FILE_NAME
+
 from .methods_table import METHODS_FILE_NAME, MethodsTable
-from .schema import REPORT_FILE_NAME, NBLReport
-from .speed import SPEED_FILE_NAME
 
 __all__ = ["Checkpoint", "ModelGroup", "collect"]
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 
+from nbl_modifier.records.measurements import KINDS, Metric, mean_accuracy
+
 from .blocks import FigureItem, Item, Table, Text
 from .collect import ModelGroup
-from .measurements import KINDS, Metric, mean_accuracy
 from .plots import Point, scatter_figure
 
 __all__ = ["quality", "quality_against_kv_cache", "quality_against_speed", "speed"]

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any, Self
 
-from .schema import write_atomically
+from nbl_modifier.records.files import write_atomically
 
 __all__ = ["METHODS_FILE_NAME", "MethodRow", "MethodsTable", "Value"]
 

@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
+from nbl_modifier.records.files import write_atomically
+
 from .markdown import escape_markdown, fenced
-from .schema import REPORT_FILE_NAME, NBLReport, write_atomically
 from .tables import markdown_table
 
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

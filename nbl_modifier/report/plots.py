@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbl_modifier.records.compression import LayerResult, NBLReport
+
 from .colours import CHOSEN, CSS_VARIABLES, GRID, KEPT, TEXT
-from .schema import LayerResult, NBLReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

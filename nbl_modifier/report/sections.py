@@ -10,18 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from nbl_modifier.records.compression import NBLReport
+
 from .blocks import Code, FigureItem, Item, Section, Table, Text, code
 from .collect import Checkpoint, ModelGroup
-from .comparisons import (
-    quality,
-    quality_against_kv_cache,
-    quality_against_speed,
-    speed,
-)
+from .comparisons import quality, quality_against_kv_cache, quality_against_speed, speed
 from .kv_tables import kv_cache_section
 from .methods_section import methods_section
 from .plots import correlations_figure, quantile_of, ranking_figure
-from .schema import NBLReport
 
 __all__ = ["group_sections"]
 

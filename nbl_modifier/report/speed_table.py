@@ -6,8 +6,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
+from nbl_modifier.records.speed import SpeedReport, SpeedRow
+
 from .markdown import escape_markdown
-from .speed import SpeedReport, SpeedRow
 
 __all__ = ["markdown_speed_table", "speed_summary", "speed_table"]
 

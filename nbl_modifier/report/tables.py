@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 
-from .schema import HeldoutResult, NBLReport
+from nbl_modifier.records.compression import HeldoutResult, NBLReport
 
 # The columns, and how a value is written; those without a value anywhere are left out.
 _COLUMNS: dict[str, tuple[str, str]] = {

@@ -13,10 +13,10 @@ from nbl_modifier import NBLModifier
 from nbl_modifier.benchmark.limits import fit_together
 from nbl_modifier.benchmark.machine import free_memory
 from nbl_modifier.benchmark.plan import Settings
+from nbl_modifier.benchmark.roofline import ModelShape, Product
 from nbl_modifier.benchmark.shapes import Model
 from nbl_modifier.cli import main
-from nbl_modifier.report.speed import SpeedReport
-from nbl_modifier.roofline import ModelShape, Product
+from nbl_modifier.records.speed import SpeedReport
 from tests.tiny_llama import compress, load, save_llama, token_rows
 
 Run = Callable[..., SpeedReport]

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from nbl_modifier.cli import main
 from nbl_modifier.cli.compress import SAVED
 from nbl_modifier.cli.results import weight_bytes
-from nbl_modifier.report.schema import NBLReport
+from nbl_modifier.records.compression import NBLReport
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "examples" / "models" / "pycode-4m")

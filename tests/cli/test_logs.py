@@ -32,8 +32,12 @@ def test_what_is_shown(
 ) -> None:
     monkeypatch.delenv("LLM_COMPRESSOR_LOG_LEVEL", raising=False)
     show_ours_and_warnings()
-    log_as("nbl_modifier.calibration", "INFO", "our layer")
-    log_as("nbl_modifier.modifier", "INFO", "NBL ranking\nprinted at the end")
+    log_as("nbl_modifier.calibration.calibration", "INFO", "our layer")
+    log_as(
+        "nbl_modifier.llmcompressor_plugin.modifier",
+        "INFO",
+        "NBL ranking\nprinted at the end",
+    )
     log_as("llmcompressor.modifiers.gptq", "INFO", "their module")
     log_as("llmcompressor.modifiers.gptq", "METRIC", "their error")
     for _ in range(3):

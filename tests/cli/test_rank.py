@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbl_modifier.cli import main
-from nbl_modifier.report.schema import NBLReport
+from nbl_modifier.records.compression import NBLReport
 
 ROOT = Path(__file__).parents[2]
 MODEL = str(ROOT / "examples" / "models" / "pycode-4m")
@@ -42,7 +42,7 @@ def test_ranking_measures_all_and_replaces_nothing(statistics: Path) -> None:
 @pytest.fixture
 def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """What data there might be is not even looked for."""
-    monkeypatch.setattr("nbl_modifier.data.stdlib_texts", None)
+    monkeypatch.setattr("nbl_modifier.evaluation.texts.stdlib_texts", None)
 
 
 @pytest.mark.usefixtures("no_data")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from nbl_modifier.data import stdlib_texts
 from nbl_modifier.evaluation import documents
+from nbl_modifier.evaluation.texts import stdlib_texts
 
 MODEL = Path(__file__).parents[2] / "examples" / "models" / "pycode-4m"
 COUNT = 600

@@ -29,8 +29,8 @@ from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.hf.checkpoint import check_output_directory
 from nbl_modifier.hf.configuration_nbl import REFUSED_BY_STOCK_CLASSES
+from nbl_modifier.records.compression import NBLReport
 from nbl_modifier.report.collect import _FILE_NAMES
-from nbl_modifier.report.schema import NBLReport
 from tests.tiny_llama import (
     FOUR_BITS,
     VOCAB_SIZE,

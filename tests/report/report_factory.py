@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from nbl_modifier.report.schema import FORMAT_VERSION, LayerResult, NBLReport
-from nbl_modifier.report.speed import Capacity, MeasuredModel, SpeedReport, SpeedRow
+from nbl_modifier.records.compression import FORMAT_VERSION, LayerResult, NBLReport
+from nbl_modifier.records.speed import Capacity, MeasuredModel, SpeedReport, SpeedRow
 
 # Layer number to bound: the ranking is 2, 0, 3, 1.
 BOUNDS = {0: 2.5, 1: 9.0, 2: 1.25, 3: 4.0}

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from nbl_modifier.cli import main
+from nbl_modifier.records.compression import NBLReport
 from nbl_modifier.report.blocks import Section, Table, Text, code
 from nbl_modifier.report.html_page import render_html
 from nbl_modifier.report.markdown import aligned_table, render_markdown
-from nbl_modifier.report.schema import NBLReport
 from tests.report.report_factory import (
     BOUNDS,
     write_benchmark,

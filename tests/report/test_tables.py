@@ -4,7 +4,7 @@
 import dataclasses
 import re
 
-from nbl_modifier.report.schema import HeldoutResult
+from nbl_modifier.records.compression import HeldoutResult
 from nbl_modifier.report.tables import markdown_table, ranking_table
 from tests.report.report_factory import make_report
 

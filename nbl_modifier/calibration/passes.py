@@ -1,0 +1,113 @@
+"""
+Calibration passes of our own, after the pipeline's: over a model that is partly linear.
+
+Like the pipeline's they go layer by layer: each layer runs once over all windows before
+the next one does, and what is in flight is the statistics of one layer and, on the CPU,
+the residual stream of all windows at one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+
+from llmcompressor.core import State
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from torch import Tensor
+
+from nbl_modifier.architectures import Architecture
+from nbl_modifier.layer_statistics.windows import Windows
+from nbl_modifier.replacement.surgery import Replacement, replaced
+
+from .calibration import Calibration
+from .forward import PartialForward
+
+__all__ = ["Passes"]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """
+    Passes over the calibration windows.
+
+    :param state: the session's; hooks read from it which batch is running
+    :param forward: the model
+    :param architecture: its family
+    :param windows: all of them, held-out ones included
+    :param calibration: makes the statistics of a pass, given ``streams``
+    """
+
+    state: State
+    forward: PartialForward
+    architecture: Architecture
+    windows: Windows
+    calibration: Callable[[Mapping[int, Tensor] | None], Calibration]
+
+    def replaced(
+        self, replacements: Mapping[int, Replacement]
+    ) -> AbstractContextManager[object]:
+        """Put replacements into the model while the context lasts."""
+        return replaced(self.forward.layers, self.architecture, replacements)
+
+    def estimate(self, indices: Collection[int]) -> Calibration:
+        """
+        Fit layers to what they do in the model as it is.
+
+        :param indices: of the decoder layers, which have attention
+        :return: measurements and replacements
+        """
+        calibration = self.calibration(None)
+        streams: dict[int, Tensor] = {}
+        start = 0
+        for index in sorted(indices):
+            with self._watching(calibration, index):
+                self._advance(streams, start, index + 1)
+            calibration.solve_finished(self.forward.layers[index].modules())
+            start = index + 1
+        return calibration
+
+    def refit(self, indices: Collection[int]) -> Calibration:
+        """
+        Fit layers to lead from the linearized model's stream to the original one's.
+
+        In order of depth: by the time a layer is fitted, those before it are replaced
+        by what they were fitted to, so its input carries their errors, which it learns
+        to make up for as far as they can be told from the stream. Two passes' work,
+        whatever the number of layers.
+
+        :param indices: of the decoder layers, none of which is replaced
+        :return: replacements, and measurements of how they meet their targets
+        """
+        linearized: dict[int, Tensor] = {}
+        original: dict[int, Tensor] = {}
+        calibration = self.calibration(linearized)
+        at_linearized = at_original = 0
+        with ExitStack() as stack:
+            for index in sorted(indices):
+                self._advance(linearized, at_linearized, index)
+                # The layers replaced so far are behind us: what runs is the original.
+                with self._watching(calibration, index):
+                    self._advance(original, at_original, index + 1)
+                calibration.solve_finished(self.forward.layers[index].modules())
+                done = {index: calibration.replacements[index]}
+                stack.enter_context(self.replaced(done))
+                at_linearized, at_original = index, index + 1
+        return calibration
+
+    def _advance(self, streams: dict[int, Tensor], start: int, stop: int) -> None:
+        """Take the residual stream of every batch from one layer to another."""
+        for number, batch in enumerate(self.windows.batches):
+            self.state.current_batch_idx = number
+            stream = self.forward.hidden_states(batch, stop, streams.get(number), start)
+            if stream is not None:
+                streams[number] = stream.cpu()
+
+    @contextmanager
+    def _watching(self, calibration: Calibration, index: int) -> Iterator[None]:
+        hooks = HooksMixin()
+        calibration.watch(self.state, index, hooks.register_hook)
+        try:
+            yield
+        finally:
+            hooks.remove_hooks()

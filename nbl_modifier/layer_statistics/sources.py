@@ -1,0 +1,259 @@
+"""Where the statistics of a run come from: calibration data, a folder, or both."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loguru import logger
+from transformers import PreTrainedModel
+
+from .fingerprint import data_digest, model_digest, sampled_model_digest
+from .processes import Ranks
+from .store import FORMAT_VERSION, Origin, StatisticsStore, windows_digest
+from .windows import (
+    CalibrationData,
+    Windows,
+    check_calibration_data,
+    check_predictable,
+    check_variety,
+)
+
+__all__ = ["Needs", "Sources", "open_sources"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """
+    What a run measures on.
+
+    :param data: the calibration set; with statistics to reuse its held-out windows
+    :param store: where statistics are read from and written to, or None
+    :param complete: whether the store has all that is needed of every layer
+    """
+
+    data: CalibrationData
+    store: StatisticsStore | None
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """
+    What a run is going to ask for.
+
+    :param kind: part of the layers, ``attention`` or ``block``
+    :param input: ``residual`` or ``normalized``
+    :param heldout_nmse: errors on tokens that are not fitted on
+    :param losses: losses on windows that are not fitted on
+    :param windows: the model run again over all windows
+    """
+
+    kind: str
+    input: str
+    heldout_nmse: bool
+    losses: bool
+    windows: bool
+
+
+def open_sources(
+    model: PreTrainedModel,
+    batches: Iterable[Any] | None,
+    candidates: Mapping[int, str],
+    needs: Needs,
+    *,
+    statistics: str | None,
+    save_statistics: str | None,
+) -> Sources:
+    """
+    Return what the run measures on, checked.
+
+    :param model: the causal language model
+    :param batches: the calibration dataloader; may be None with ``statistics``
+    :param candidates: names of the modules to measure, by decoder layer index
+    :param needs: what the run is going to ask for
+    :param statistics: folder to read from
+    :param save_statistics: folder to write to
+    :raises ValueError: if data or statistics are missing, do not fit each other or the
+        model, or do not hold what is needed
+    """
+    ranks = Ranks()
+    _check_ranks(needs, ranks)
+    # Recipes are read by no shell that would know what ~ is.
+    statistics, save_statistics = map(_expanded, (statistics, save_statistics))
+    if statistics is not None:
+        return _reused(model, batches, candidates, needs, statistics)
+    hold_out = needs.heldout_nmse or needs.losses
+    # Saved statistics are to serve whatever is asked for later, here also losses.
+    hold_out_to_save = save_statistics is not None and ranks.alone
+    data = check_calibration_data(
+        batches, _hidden_size(model), hold_out or hold_out_to_save, ranks
+    )
+    with ranks.failing_together():
+        check_variety(model, data.batches)
+    if needs.losses:
+        check_predictable(_held_out(data))
+    digest = _pooled_digest(data, ranks)
+    if save_statistics is None:
+        return Sources(data, None, complete=False)
+    windows = [data.batches[number] for number in sorted(data.held_out)]
+    held_out = sum(ranks.gather(sum(len(each["input_ids"]) for each in windows)))
+    version = StatisticsStore.version_in(save_statistics)
+    origin = _origin(model, data.num_samples, digest, needs, version)
+    known = ranks.alone and version == FORMAT_VERSION
+    origin = replace(
+        origin,
+        held_out=held_out,
+        windows_digest=windows_digest(windows) if known else None,
+    )
+    store = _created(save_statistics, origin, ranks)
+    if ranks.alone:
+        store.save_windows(windows)
+    found = [index for index in candidates if index in store]
+    if len(found) < len(candidates):
+        _check_found(store, {index: candidates[index] for index in found}, ranks)
+    if found:
+        logger.info(
+            "{}: statistics of {} of {} layers are read, not measured again",
+            save_statistics,
+            len(found),
+            len(candidates),
+        )
+    return Sources(data, store, complete=len(found) == len(candidates))
+
+
+def _expanded(folder: str | None) -> str | None:
+    return folder and os.path.expanduser(folder)  # noqa: PTH111  keeps ~nobody as it is
+
+
+def _reused(
+    model: PreTrainedModel,
+    batches: Iterable[Any] | None,
+    candidates: Mapping[int, str],
+    needs: Needs,
+    folder: str,
+) -> Sources:
+    store = StatisticsStore.open(folder)
+    _warn_of_old(store)
+    data, digest = None, ""
+    if batches is not None:
+        data = check_calibration_data(batches, _hidden_size(model), hold_out=True)
+        digest = _pooled_digest(data, Ranks())
+    elif needs.windows:
+        raise ValueError(
+            f"statistics {folder}: selection: greedy, refit and distill_epochs run the "
+            "model over the calibration windows again. Pass the dataset, too, or leave "
+            "them out."
+        )
+    num_samples = store.origin.num_samples
+    store.check(_origin(model, num_samples, digest, needs, store.version))
+    if needs.heldout_nmse and not store.origin.held_out:
+        raise ValueError(
+            f"statistics {folder}: taken in several processes, without held-out tokens "
+            "to measure max_nmse on. Calibrate with max_nmse, or leave it out."
+        )
+    missing = [name for index, name in candidates.items() if index not in store]
+    if missing:
+        raise ValueError(
+            f"statistics {folder}: there are none of {missing[0]} ({len(missing)} such "
+            "layers). Calibrate with save_statistics set to this folder, which goes on "
+            "where it was interrupted."
+        )
+    if data is None:
+        windows = store.windows() if needs.losses else []
+        held_out = frozenset(range(len(windows)))
+        data = CalibrationData(list(windows), num_samples, held_out)
+    if needs.losses:
+        check_predictable(_held_out(data))
+    return Sources(replace(data, num_samples=num_samples), store, True)
+
+
+def _held_out(data: CalibrationData) -> Windows:
+    masks = [batch["loss_mask"] for batch in data.batches if "loss_mask" in batch]
+    return Windows(data.batches, masks or None).select(data.held_out)
+
+
+def _hidden_size(model: PreTrainedModel) -> int:
+    size: int = model.config.get_text_config().hidden_size
+    return size
+
+
+def _check_ranks(needs: Needs, ranks: Ranks) -> None:
+    """Refuse what each process would answer for its own windows only."""
+    if ranks.alone or not (needs.losses or needs.windows):
+        return
+    asked = "selection: greedy, refit and distill_epochs" if needs.windows else "losses"
+    raise NotImplementedError(
+        f"NBLModifier: {asked} run the model over windows of one process, got "
+        f"{ranks.size} processes. Use a criterion and a budget that statistics answer, "
+        "or calibrate with save_statistics and search in one process."
+    )
+
+
+def _pooled_digest(data: CalibrationData, ranks: Ranks) -> str:
+    """
+    Return a digest of the data of all processes.
+
+    :raises ValueError: if two processes have the same
+    """
+    digests = ranks.gather(data_digest(data.batches))
+    if ranks.alone:
+        return digests[0]
+    twins = [rank for rank, each in enumerate(digests) if digests.index(each) < rank]
+    if twins:
+        raise ValueError(
+            f"processes {digests.index(digests[twins[0]])} and {twins[0]} calibrate on "
+            "the same samples: llm-compressor 0.14 hands every process the first part "
+            "of a dataset that all have in full. Pass each process its own part: "
+            "dataset.shard(world_size, rank)."
+        )
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[: len(digests[0])]
+
+
+def _created(folder: str, origin: Origin, ranks: Ranks) -> StatisticsStore:
+    """Let the first process make the store, and open it in all of them."""
+    with ranks.failing_together():
+        if ranks.rank == 0:
+            StatisticsStore.create(folder, origin)
+    store = StatisticsStore.open(folder)
+    _warn_of_old(store)
+    return store
+
+
+def _check_found(
+    store: StatisticsStore, found: Mapping[int, str], ranks: Ranks
+) -> None:
+    """Read what an interrupted calibration left, each process a part of it, to see
+    now rather than hours later whether it can be used."""
+    with ranks.failing_together():
+        for index in list(found)[ranks.rank :: ranks.size]:
+            store.load(index, found[index])
+
+
+def _warn_of_old(store: StatisticsStore) -> None:
+    if store.version < FORMAT_VERSION:
+        logger.warning(
+            "statistics {}: of format version {}, which has no digests, so a file that "
+            "was changed since, or a model that was edited in a few rows, goes unseen. "
+            "Calibrate again into another folder to be sure.",
+            store.folder,
+            store.version,
+        )
+
+
+def _origin(
+    model: PreTrainedModel, num_samples: int, digest: str, needs: Needs, version: int
+) -> Origin:
+    recognize = model_digest if version == FORMAT_VERSION else sampled_model_digest
+    return Origin(
+        model=model.config._name_or_path,
+        model_digest=recognize(model),
+        data_digest=digest,
+        num_samples=num_samples,
+        held_out=0,
+        kind=needs.kind,
+        input=needs.input,
+    )

@@ -1,0 +1,346 @@
+"""
+Statistics of a calibration on disk: taken once, solved as often as one likes.
+
+A folder holds ``statistics.json``, which says what they are of, and one safetensors
+file per layer, written when that layer is finished: a calibration that was interrupted
+goes on at the next layer. Files appear whole or not at all, and each has a digest of
+what is in it, so that what was changed or exchanged since is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Self, get_type_hints
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nbl_modifier.records.files import write_atomically
+
+from .fingerprint import tensors_digest
+from .moments import LayerMoments
+from .packing import pack_moments, unpack_moments
+
+__all__ = ["FORMAT_VERSION", "Origin", "StatisticsStore", "windows_digest"]
+
+# 2 had no digests of tensors, and recognized a model by a sample of its weights.
+FORMAT_VERSION = 3
+_READABLE = (2, FORMAT_VERSION)
+_MANIFEST = "statistics.json"
+_WINDOWS = "heldout_windows.safetensors"
+_REMEDY = "Calibrate again into another folder"
+_REMEDY_OF_ONE = (
+    "Delete the file and calibrate again with save_statistics set to this folder, "
+    "which measures what is missing"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """
+    What statistics are of.
+
+    :param model: name or path, for messages
+    :param model_digest: of configuration and weights
+    :param data_digest: of the tokens
+    :param num_samples: calibration sequences
+    :param held_out: those of them that only measure the error
+    :param kind: the part of each layer: ``attention`` or ``block``
+    :param input: ``residual``, or ``normalized`` where the input norm's output was
+        measured too, from which either can be fitted
+    :param windows_digest: of the held-out windows; None if none are stored, or by
+        format version 2
+    """
+
+    model: str
+    model_digest: str
+    data_digest: str
+    num_samples: int
+    held_out: int
+    kind: str
+    input: str
+    windows_digest: str | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return what is known, by name, as it is stored."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class StatisticsStore:
+    """
+    A folder of statistics.
+
+    :param folder: where
+    :param origin: what they are of
+    :param version: of its format
+    """
+
+    def __init__(
+        self, folder: Path, origin: Origin, version: int = FORMAT_VERSION
+    ) -> None:
+        self.folder = folder
+        self.origin = origin
+        self.version = version
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Self:
+        """
+        Return the store that a calibration has written.
+
+        :raises ValueError: if there is none, it is damaged, or of a newer version
+        """
+        path = Path(folder) / _MANIFEST
+        if not path.exists():
+            raise ValueError(
+                f"statistics {folder}: there is no {_MANIFEST}. Pass a folder that a "
+                "calibration with save_statistics wrote."
+            )
+        try:
+            fields = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as err:
+            _refuse(path, f"is damaged ({err})", _REMEDY)
+        version = fields.pop("format_version", None)
+        if version not in _READABLE:
+            raise ValueError(
+                f"statistics {folder}: format_version is {version}, this nbl_modifier "
+                f"reads {' and '.join(map(str, _READABLE))}. {_REMEDY}."
+            )
+        types = get_type_hints(Origin)
+        wrong = [
+            f"{name}={fields.get(name)!r}"
+            for name in sorted(types.keys() | fields.keys())
+            if not isinstance(fields.get(name), types.get(name, ()))
+        ]
+        if wrong:
+            _refuse(path, f"is damaged (found {', '.join(wrong)})", _REMEDY)
+        return cls(Path(folder), Origin(**fields), version)
+
+    @classmethod
+    def version_in(cls, folder: str | os.PathLike[str]) -> int:
+        """
+        Return the format version that :meth:`create` will go on in, or begin.
+
+        :raises ValueError: as :meth:`open`, for what is there already
+        """
+        if not (Path(folder) / _MANIFEST).exists():
+            return FORMAT_VERSION
+        return cls.open(folder).version
+
+    @classmethod
+    def create(cls, folder: str | os.PathLike[str], origin: Origin) -> Self:
+        """
+        Return a store to write to, which may hold layers of an interrupted calibration.
+
+        :raises ValueError: if it holds statistics of something else
+        :raises OSError: if it cannot be written
+        """
+        path = Path(folder)
+        if (path / _MANIFEST).exists():
+            store = cls.open(folder)
+            store.check(dataclasses.replace(origin, model=store.origin.model))
+            return store
+        path.mkdir(parents=True, exist_ok=True)
+        fields = {"format_version": FORMAT_VERSION, **origin.fields()}
+        write_atomically(path / _MANIFEST, json.dumps(fields, indent=2) + "\n")
+        return cls(path, origin)
+
+    def check(self, wanted: Origin) -> None:
+        """
+        Refuse to be used for anything else than what the statistics are of.
+
+        :param wanted: what they are to be used for
+        :raises ValueError: naming the difference
+        """
+        mine = self.origin
+        for field, subject in (
+            ("model_digest", f"model {wanted.model}"),
+            ("data_digest", "calibration data"),
+            ("windows_digest", "set of held-out windows"),
+            ("held_out", "number of held-out sequences"),
+            ("kind", "kind"),
+        ):
+            found, needed = getattr(mine, field), getattr(wanted, field)
+            if needed and found != needed:
+                raise ValueError(
+                    f"statistics {self.folder}: taken with {field} {found} (model "
+                    f"{mine.model}), but this run's {subject} has {needed}. {_REMEDY}, "
+                    "or use the model and data they are of."
+                )
+        if wanted.input == "normalized" and mine.input != "normalized":
+            raise ValueError(
+                f"statistics {self.folder}: taken with input {mine.input}, which says "
+                "nothing about the output of the input norm, and this run's input is "
+                f"normalized. {_REMEDY} with input: normalized, which serves both."
+            )
+
+    def __contains__(self, index: int) -> bool:
+        return self._path(index).exists()
+
+    def save(
+        self, index: int, name: str, moments: LayerMoments, heldout: LayerMoments | None
+    ) -> None:
+        """
+        Write the statistics of one layer.
+
+        :param index: of the decoder layer
+        :param name: of the module
+        :param moments: of the tokens to fit on
+        :param heldout: of those that are held out
+        """
+        tensors: dict[str, Tensor] = {}
+        metadata = {"format_version": str(self.version), "name": name}
+        metadata |= {"origin": json.dumps(self.origin.fields())}
+        for part, each in (("fit", moments), ("heldout", heldout)):
+            if each is not None:
+                more_tensors, said = pack_moments(part, each)
+                tensors |= more_tensors
+                metadata |= said
+        metadata["digest"] = tensors_digest(tensors, metadata)
+        _save_atomically(tensors, self._path(index), metadata)
+
+    def load(self, index: int, name: str) -> tuple[LayerMoments, LayerMoments | None]:
+        """
+        Return the statistics of one layer, on the CPU: to fit on, and held out.
+
+        :param index: of the decoder layer
+        :param name: of the module
+        :raises ValueError: if the file is damaged, has been changed, or is not of this
+            layer and calibration
+        """
+        path = self._path(index)
+        tensors, metadata = _read(path)
+        digest = metadata.pop("digest", None)
+        if digest is not None or self.version > 2:
+            _check_digest(path, tensors_digest(tensors, metadata), digest)
+        try:
+            origin = json.loads(metadata["origin"])
+            if origin != self.origin.fields():
+                raise ValueError(
+                    f"statistics {path}: of another calibration than {_MANIFEST} "
+                    f"beside it, {origin}. {_REMEDY}."
+                )
+            found = metadata["name"]
+        except (KeyError, json.JSONDecodeError) as err:
+            _refuse(path, f"is damaged (metadata {err})", _REMEDY_OF_ONE)
+        if found != name:
+            _refuse(
+                path, f"holds {found}, but is in the place of {name}", _REMEDY_OF_ONE
+            )
+        try:
+            fit = unpack_moments("fit", tensors, metadata)
+            heldout = unpack_moments("heldout", tensors, metadata)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as err:
+            _refuse(path, f"is damaged ({err})", _REMEDY_OF_ONE, err)
+        if fit is None:
+            _refuse(path, "is empty", _REMEDY_OF_ONE)
+        return fit, heldout
+
+    def save_windows(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """
+        Write the held-out windows, so that losses can be measured without the data.
+
+        :param batches: what the model is called with
+        """
+        _save_atomically(_window_tensors(batches), self.folder / _WINDOWS, {})
+
+    def windows(self) -> list[dict[str, Tensor]]:
+        """
+        Return the held-out windows, batch by batch.
+
+        :raises ValueError: if there are none, or others than were held out
+        """
+        path = self.folder / _WINDOWS
+        if not path.exists():
+            raise ValueError(
+                f"statistics {self.folder}: there is no {_WINDOWS}, nothing was held "
+                f"out. {_REMEDY}."
+            )
+        tensors, _ = _read(path)
+        if self.origin.windows_digest is not None or self.version > 2:
+            _check_digest(path, tensors_digest(tensors), self.origin.windows_digest)
+        batches: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            number, _, name = key.partition(".")
+            batches.setdefault(number, {})[name] = tensor
+        numbers = [str(number) for number in range(len(batches))]
+        if batches.keys() != set(numbers) or not all(map(_is_batch, batches.values())):
+            _refuse(path, f"is damaged (it holds {sorted(tensors)})", _REMEDY_OF_ONE)
+        return [batches[number] for number in numbers]
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"layer-{index:05d}.safetensors"
+
+
+def windows_digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """
+    Return what held-out windows are recognized by.
+
+    :param batches: what the model is called with
+    """
+    return tensors_digest(_window_tensors(batches))
+
+
+def _window_tensors(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{number}.{name}": value.cpu().contiguous()
+        for number, batch in enumerate(batches)
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _is_batch(batch: Mapping[str, Tensor]) -> bool:
+    return "input_ids" in batch and batch["input_ids"].dim() == 2
+
+
+def _refuse(
+    path: Path, found: str, remedy: str, cause: Exception | None = None
+) -> NoReturn:
+    raise ValueError(f"statistics {path}: {found}. {remedy}.") from cause
+
+
+def _check_digest(path: Path, found: str, recorded: str | None) -> None:
+    if found != recorded:
+        _refuse(
+            path,
+            f"has been changed since it was written (its digest is {found}, recorded "
+            f"is {recorded})",
+            _REMEDY_OF_ONE,
+        )
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """
+    Return the tensors and the metadata of a file.
+
+    :raises ValueError: naming it, if it is damaged
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+        return load_file(path), metadata
+    # A header that was hit may ask torch for anything.
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as err:
+        _refuse(path, f"cannot be read ({err})", _REMEDY_OF_ONE, err)
+
+
+def _save_atomically(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]
+) -> None:
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+    try:
+        save_file(tensors, unfinished, metadata=metadata)
+        unfinished.replace(path)
+    except SafetensorError as err:
+        raise OSError(
+            f"statistics {path}: cannot be written ({err}). Make room, or choose "
+            "another folder for save_statistics."
+        ) from err
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,254 @@
+"""Measured losses: what replacements do to the model on held-out windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, nll_loss
+from torch.utils.checkpoint import checkpoint
+
+from nbl_modifier.architectures import Architecture
+from nbl_modifier.calibration.forward import PartialForward
+from nbl_modifier.evaluation.perplexity import PerplexityResult, summarize
+from nbl_modifier.layer_statistics.windows import Windows
+from nbl_modifier.replacement.surgery import Replacement, replaced
+
+__all__ = ["OriginalLogits", "Target", "Trial", "Trials", "divergence", "target_tokens"]
+
+# Rows of logits in float32 at a time: of 128,000 tokens each, a quarter of a gigabyte.
+_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Trial:
+    """
+    The model with something replaced.
+
+    :param loss: negative log-likelihood of the held-out windows
+    :param kl: mean Kullback-Leibler divergence of its next-token distribution from the
+        original model's, in nats per token
+    """
+
+    loss: PerplexityResult
+    kl: float
+
+
+class OriginalLogits:
+    """
+    What the original model predicts, each window run once.
+
+    The residual stream behind the last layer is kept, on the CPU, and the head computes
+    the logits from it again: of a vocabulary they would be hundreds of times as large.
+
+    :param forward: the model; whenever it is asked, with nothing replaced
+    :param windows: what it predicts
+    """
+
+    def __init__(self, forward: PartialForward, windows: Windows) -> None:
+        self._forward = forward
+        self._windows = windows
+        self._streams: dict[int, Tensor] = {}
+
+    def of(self, number: int) -> Tensor:
+        """
+        Return the logits of a batch, ``[batch, tokens, vocabulary]``.
+
+        :param number: of the batch
+        """
+        self.run(number)
+        batch, end = self._windows.batches[number], len(self._forward.layers)
+        return self._forward.logits(batch, self._streams[number], end)
+
+    def run(self, number: int) -> None:
+        """
+        Run the original model on a batch, unless it has.
+
+        :param number: of the batch
+        """
+        if number not in self._streams:
+            batch, end = self._windows.batches[number], len(self._forward.layers)
+            stream = self._forward.hidden_states(batch, end)
+            assert stream is not None
+            self._streams[number] = stream.cpu()
+
+
+class Trials:
+    """
+    Trials of a model on the same windows, which leave it as it is.
+
+    :param forward: the model
+    :param architecture: its family
+    :param windows: held out of what the replacements were fitted on
+    """
+
+    def __init__(
+        self, forward: PartialForward, architecture: Architecture, windows: Windows
+    ) -> None:
+        self._forward = forward
+        self._architecture = architecture
+        self._windows = windows
+        self._original = OriginalLogits(forward, windows)
+
+    def original(self) -> Trial:
+        """Return how the original model does; nothing must be replaced."""
+        sums = _Sums()
+        for number in range(len(self._windows.batches)):
+            sums.add(target_tokens(self._windows, number), self._original.of(number))
+        return sums.trial()
+
+    def loss(
+        self, replacements: Mapping[int, Replacement] | None = None
+    ) -> PerplexityResult:
+        """
+        Return the loss of the model.
+
+        :param replacements: put in for the trial, by decoder layer index
+        """
+        sums = _Sums()
+        with replaced(self._forward.layers, self._architecture, replacements or {}):
+            for number, batch in enumerate(self._windows.batches):
+                sums.add(
+                    target_tokens(self._windows, number), self._forward.logits(batch)
+                )
+        return summarize(sums.nll, sums.counts)
+
+    def together(self, replacements: Mapping[int, Replacement]) -> Trial:
+        """
+        Try all replacements at once.
+
+        :param replacements: by decoder layer index
+        """
+        sums = _Sums()
+        layers = self._forward.layers
+        with replaced(layers, self._architecture, replacements) as undone:
+            for number, batch in enumerate(self._windows.batches):
+                with undone():
+                    original = self._original.of(number)
+                targets = target_tokens(self._windows, number)
+                sums.add(targets, self._forward.logits(batch), original)
+        return sums.trial()
+
+    def single(
+        self,
+        candidates: Mapping[int, Replacement],
+        given: Mapping[int, Replacement] | None = None,
+    ) -> dict[int, Trial]:
+        """
+        Try each candidate alone.
+
+        A trial of layer i runs the layers from i on; those before it run once.
+
+        :param candidates: by decoder layer index
+        :param given: put in for all of them, by decoder layer index
+        """
+        layers, architecture = self._forward.layers, self._architecture
+        sums = {index: _Sums() for index in sorted(candidates)}
+        for number, batch in enumerate(self._windows.batches):
+            targets = target_tokens(self._windows, number)
+            original = self._original.of(number)
+            stream, start = None, 0
+            with replaced(layers, architecture, given or {}):
+                for index, sum_ in sums.items():
+                    stream = self._forward.hidden_states(batch, index, stream, start)
+                    start = index
+                    trial = {index: candidates[index]}
+                    with replaced(layers, architecture, trial):
+                        logits = self._forward.logits(batch, stream, start)
+                    sum_.add(targets, logits, original)
+        return {index: sum_.trial() for index, sum_ in sums.items()}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The tokens to be predicted in one window of a batch."""
+
+    row: int
+    positions: Tensor
+    tokens: Tensor
+
+    def chunks(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return the positions that predict, and what they should, part by part."""
+        return zip(
+            (self.positions - 1).split(_ROWS), self.tokens.split(_ROWS), strict=True
+        )
+
+
+def target_tokens(windows: Windows, number: int) -> list[Target]:
+    """Return the tokens to be predicted in a batch, for each of its windows."""
+    tokens = windows.batches[number]["input_ids"]
+    return [
+        Target(row, positions, tokens[row, positions])
+        for row, counts in enumerate(windows.targets(number))
+        for positions in [counts.nonzero().flatten()]
+    ]
+
+
+def divergence(targets: Iterable[Target], logits: Tensor, original: Tensor) -> Tensor:
+    """
+    Return the summed divergence from the original model, differentiable in ``logits``.
+
+    :param targets: of a batch
+    :param logits: ``[batch, tokens, vocabulary]``
+    :param original: the same of the original model
+    :return: in nats, float32, a scalar
+    """
+    parts = []
+    for target in targets:
+        for positions, _ in target.chunks():
+            at = positions.to(logits.device)
+            # Backward computes the float32 of a part again, instead of keeping it.
+            part = checkpoint(
+                _divergence,
+                logits[target.row, at],
+                original[target.row, at],
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            parts.append(part)
+    return torch.stack(parts).sum()
+
+
+def _divergence(logits: Tensor, original: Tensor) -> Tensor:
+    predicted = logits.float().log_softmax(-1)
+    reference = original.float().log_softmax(-1)
+    return kl_div(predicted, reference, reduction="sum", log_target=True)
+
+
+class _Sums:
+    """Sums over windows."""
+
+    def __init__(self) -> None:
+        self.nll: list[float] = []
+        self.counts: list[int] = []
+        self._kl = 0.0
+
+    def add(
+        self, targets: Iterable[Target], logits: Tensor, original: Tensor | None = None
+    ) -> None:
+        """Add a batch; logits are ``[batch, tokens, vocabulary]``."""
+        for target in targets:
+            nll = 0.0
+            for positions, tokens in target.chunks():
+                at = positions.to(logits.device)
+                # a part at a time: in float32 all of them would be the peak in memory
+                predicted = logits[target.row, at].float().log_softmax(-1)
+                wanted = tokens.to(logits.device)
+                nll += _total(nll_loss(predicted, wanted, reduction="none"))
+                if original is not None:
+                    reference = original[target.row, at].float().log_softmax(-1)
+                    self._kl += _total(
+                        kl_div(predicted, reference, reduction="none", log_target=True)
+                    )
+            self.nll.append(nll)
+            self.counts.append(len(target.positions))
+
+    def trial(self) -> Trial:
+        """Return the means."""
+        return Trial(summarize(self.nll, self.counts), self._kl / sum(self.counts))
+
+
+def _total(values: Tensor) -> float:
+    return values.sum(dtype=torch.float64).item()

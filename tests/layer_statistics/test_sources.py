@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics saved by one run and used by others, in real llm-compressor runs."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llmcompressor.modifiers.quantization import GPTQModifier
+
+from nbl_modifier import NBLModifier
+from nbl_modifier.layer_statistics.fingerprint import sampled_model_digest
+from nbl_modifier.layer_statistics.moments import LayerStatistics
+from tests.layer_statistics.test_store import make_version_2
+from tests.tiny_llama import (
+    FOUR_BITS,
+    Model,
+    compress,
+    linearized,
+    load,
+    save_llama,
+    token_rows,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Run = Callable[..., tuple[NBLModifier, Model]]
+
+
+@pytest.fixture(scope="module")
+def run(llama: Path) -> Run:
+    """Return a function that runs NBL with the fields given."""
+
+    def call(rows: Any = None, model: Path = llama, **fields: Any) -> Any:
+        modifier = NBLModifier(**fields)
+        return modifier, compress(load(model), [modifier], rows)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def saved(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the statistics of all four layers, of 16 windows."""
+    folder = tmp_path_factory.mktemp("statistics")
+    run(token_rows(), num_layers=1, save_statistics=str(folder))
+    return folder
+
+
+def maps(model: Model) -> dict[int, torch.Tensor]:
+    layers = model.model.layers
+    return {i: layers[i].self_attn.linear.weight for i in linearized(model)}
+
+
+FIELDS = [
+    {"num_layers": 2},
+    {"layers": [1, 3]},
+    {"kv_cache_reduction": 0.5, "criterion": "nmse"},
+    {"num_layers": 3, "criterion": "residual_nmse", "dampening_frac": 0.01},
+    {"num_layers": 1, "criterion": "cosine"},
+    {"max_nmse": 1.0},
+    {"num_layers": 2, "criterion": "loss"},
+    {"max_perplexity_increase": 0.5},
+]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+def test_same_result_as_calibrating(
+    run: Run, saved: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    """Whatever is asked for, without calibration data, and without looking at any."""
+    fresh, expected = run(token_rows(), **fields)
+    monkeypatch.setattr(LayerStatistics, "update", None)
+    modifier, model = run(None, statistics=str(saved), **fields)
+    assert linearized(model) == linearized(expected)
+    for index, weight in maps(expected).items():
+        # Both halves of the windows were merged: another order of the same additions.
+        torch.testing.assert_close(maps(model)[index], weight, rtol=1e-5, atol=1e-6)
+    assert modifier.report is not None
+    assert fresh.report is not None
+    for mine, theirs in zip(modifier.report.ranking, fresh.report.ranking, strict=True):
+        assert mine.index == theirs.index
+        assert mine.num_tokens == theirs.num_tokens
+        assert mine.score == pytest.approx(theirs.score, rel=1e-6)
+        assert mine.cosine == pytest.approx(theirs.cosine, rel=1e-6)
+        assert (mine.heldout_nmse is None) == (theirs.heldout_nmse is None)
+        if theirs.heldout_nmse is not None:
+            assert mine.heldout_nmse == pytest.approx(theirs.heldout_nmse, rel=1e-6)
+
+
+def test_saving_changes_nothing(run: Run, tmp_path: Path) -> None:
+    _, plain = run(token_rows(), num_layers=2)
+    _, saving = run(token_rows(), num_layers=2, save_statistics=str(tmp_path))
+    assert linearized(plain) == linearized(saving)
+    for index, weight in maps(plain).items():
+        torch.testing.assert_close(maps(saving)[index], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"selection": "greedy"}, {"refit": True}, {"distill_epochs": 1}]
+)
+def test_what_runs_the_model_again_needs_the_data(
+    run: Run, saved: Path, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="Pass the dataset, too"):
+        run(None, statistics=str(saved), num_layers=2, **fields)
+    _, expected = run(token_rows(), num_layers=2, **fields)
+    _, model = run(token_rows(), statistics=str(saved), num_layers=2, **fields)
+    assert linearized(model) == linearized(expected)
+    for index, weight in maps(expected).items():
+        torch.testing.assert_close(maps(model)[index], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_normalized_statistics_serve_both_inputs(run: Run, tmp_path: Path) -> None:
+    run(token_rows(), num_layers=1, input="normalized", save_statistics=str(tmp_path))
+    for kind in ("residual", "normalized"):
+        _, expected = run(token_rows(), num_layers=2, input=kind)
+        _, model = run(None, num_layers=2, input=kind, statistics=str(tmp_path))
+        for index, weight in maps(expected).items():
+            torch.testing.assert_close(maps(model)[index], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_a_quantizer_after_it_still_sees_the_data(llama: Path, saved: Path) -> None:
+    """NBL reads statistics; GPTQ has a calibration epoch of its own."""
+    recipe = [
+        NBLModifier(num_layers=2, statistics=str(saved)),
+        GPTQModifier(config_groups=FOUR_BITS, ignore=["lm_head"]),
+    ]
+    model = compress(load(llama), recipe, token_rows())
+    assert len(linearized(model)) == 2
+    for index in linearized(model):
+        linear = model.model.layers[index].self_attn.linear
+        assert linear.quantization_scheme is not None
+
+
+@pytest.mark.parametrize("finished", [0, 2, 4])
+def test_an_interrupted_calibration_goes_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int
+) -> None:
+    """Killed after so many layers: their statistics are not taken again."""
+    fields: dict[str, Any] = {"num_layers": 2, "save_statistics": str(tmp_path)}
+    _, expected = run(token_rows(), **fields)
+    for index in range(finished, 4):
+        (tmp_path / f"layer-{index:05d}.safetensors").unlink()
+    if finished < 4:  # what a kill in the middle of writing leaves behind
+        unfinished = tmp_path / f"layer-{finished:05d}.123.unfinished"
+        unfinished.write_bytes(b"half a file")
+    seen = set()
+    update = LayerStatistics.update
+
+    def watch(self: LayerStatistics, *args: Any) -> None:
+        seen.add(self.name)
+        update(self, *args)
+
+    monkeypatch.setattr(LayerStatistics, "update", watch)
+    _, model = run(token_rows(), **fields)
+    assert seen == {f"model.layers.{index}.self_attn" for index in range(finished, 4)}
+    assert linearized(model) == linearized(expected)
+    for index, weight in maps(expected).items():
+        torch.testing.assert_close(maps(model)[index], weight, rtol=0, atol=0)
+
+
+def test_another_model_is_refused(run: Run, saved: Path, tmp_path: Path) -> None:
+    other = save_llama(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match="model_digest .* model .*other has"):
+        run(None, model=other, num_layers=1, statistics=str(saved))
+
+
+def test_one_changed_weight_is_another_model(llama: Path, saved: Path) -> None:
+    model = load(llama)
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] += 1.0
+    with pytest.raises(ValueError, match="model_digest"):
+        compress(model, [NBLModifier(num_layers=1, statistics=str(saved))], None)
+
+
+@pytest.mark.parametrize("field", ["statistics", "save_statistics"])
+@pytest.mark.parametrize(
+    "rows", [token_rows(seed=1), token_rows(15), token_rows(16, 63)], ids=str
+)
+def test_other_data_are_refused(run: Run, saved: Path, field: str, rows: Any) -> None:
+    with pytest.raises(ValueError, match="data_digest .* calibration data has"):
+        run(rows, num_layers=1, **{field: str(saved)})
+
+
+def test_layers_that_are_missing_are_named(run: Run, tmp_path: Path) -> None:
+    run(token_rows(), layers=[0, 1], save_statistics=str(tmp_path))
+    with pytest.raises(ValueError, match=r"none of model\.layers\.2\.self_attn"):
+        run(None, num_layers=1, statistics=str(tmp_path))
+    _, model = run(None, layers=[1], statistics=str(tmp_path))
+    assert linearized(model) == [1]
+
+
+def test_normalized_input_from_residual_statistics_is_refused(
+    run: Run, saved: Path
+) -> None:
+    with pytest.raises(ValueError, match="says nothing about the output of the input"):
+        run(None, num_layers=1, input="normalized", statistics=str(saved))
+
+
+def test_both_folders_at_once_are_refused() -> None:
+    with pytest.raises(ValueError, match="Give one of the two"):
+        NBLModifier(num_layers=1, statistics="a", save_statistics="b")
+
+
+def edited_embedding(llama: Path) -> Model:
+    """Return the model with one element that version 2 does not look at edited."""
+    model = load(llama)
+    weight = model.get_input_embeddings().weight
+    seen = torch.linspace(0, weight.numel() - 1, 32).long()
+    unseen = next(i for i in range(weight.numel()) if i not in seen)
+    with torch.no_grad():
+        weight.view(-1)[unseen] += 1.0
+    return model
+
+
+def test_an_edited_embedding_is_another_model(llama: Path, saved: Path) -> None:
+    modifier = NBLModifier(num_layers=1, statistics=str(saved))
+    with pytest.raises(ValueError, match="model_digest"):
+        compress(edited_embedding(llama), [modifier], None)
+
+
+@pytest.fixture
+def of_version_2(saved: Path, llama: Path, tmp_path: Path) -> Path:
+    """Return the statistics as commit 0f3852f would have written them."""
+    folder = tmp_path / "version-2"
+    shutil.copytree(saved, folder)
+    path = folder / "statistics.json"
+    digest = sampled_model_digest(load(llama))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_digest": digest}))
+    make_version_2(folder)
+    return folder
+
+
+def test_statistics_of_version_2_are_used_with_a_warning(
+    run: Run, saved: Path, of_version_2: Path, llama: Path, logged: list[str]
+) -> None:
+    _, expected = run(None, num_layers=2, statistics=str(saved))
+    assert not any("format version" in message for message in logged)
+    _, model = run(token_rows(), num_layers=2, statistics=str(of_version_2))
+    assert sum("of format version 2, which has" in message for message in logged) == 1
+    assert linearized(model) == linearized(expected)
+    for index, weight in maps(expected).items():
+        torch.testing.assert_close(maps(model)[index], weight, rtol=0, atol=0)
+    # what it could not see it still does not
+    modifier = NBLModifier(num_layers=2, statistics=str(of_version_2))
+    compress(edited_embedding(llama), [modifier], None)
+    with pytest.raises(ValueError, match="model_digest"):
+        run(
+            None,
+            model=save_llama(of_version_2 / "other", seed=1),
+            num_layers=1,
+            statistics=str(of_version_2),
+        )
+
+
+def test_an_interrupted_calibration_of_version_2_goes_on(
+    run: Run, saved: Path, of_version_2: Path
+) -> None:
+    (of_version_2 / "layer-00002.safetensors").unlink()
+    _, model = run(token_rows(), num_layers=2, save_statistics=str(of_version_2))
+    _, expected = run(None, num_layers=2, statistics=str(saved))
+    assert linearized(model) == linearized(expected)
+    run(None, num_layers=2, statistics=str(of_version_2))
+
+
+@pytest.mark.parametrize("field", ["statistics", "save_statistics"])
+def test_changed_files_are_refused_before_calibration(
+    run: Run, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    folder = tmp_path / "statistics"
+    shutil.copytree(saved, folder)
+    path = folder / "layer-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    if field == "save_statistics":  # interrupted: layer 2 is to be measured
+        (folder / "layer-00002.safetensors").unlink()
+    monkeypatch.setattr(LayerStatistics, "update", None)
+    rows = token_rows() if field == "save_statistics" else None
+    with pytest.raises(ValueError, match=r"layer-00001\.safetensors: has been changed"):
+        run(rows, num_layers=1, **{field: str(folder)})
+
+
+def test_other_held_out_windows_are_refused(
+    run: Run, saved: Path, tmp_path: Path
+) -> None:
+    folder, other = tmp_path / "statistics", tmp_path / "other"
+    shutil.copytree(saved, folder)
+    run(token_rows(seed=1), num_layers=1, save_statistics=str(other))
+    name = "heldout_windows.safetensors"
+    shutil.copy(other / name, folder / name)
+    with pytest.raises(
+        ValueError, match=r"heldout_windows\.safetensors: has been chan"
+    ):
+        run(None, num_layers=1, criterion="loss", statistics=str(folder))
+
+
+def test_home_is_expanded(
+    run: Run, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(saved.parent))
+    modifier, _ = run(None, num_layers=1, statistics=f"~/{saved.name}")
+    assert modifier.report is not None
+    # kept as it was written, for another home to replay
+    assert modifier.statistics == f"~/{saved.name}"
+
+
+def test_full_disk_is_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system refuses to write more than 9 kB into a file, as a full disk would."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"statistics.*cannot be.*Make room"):
+            run(token_rows(), num_layers=1, save_statistics=str(tmp_path / "s"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list((tmp_path / "s").glob("*.unfinished"))
