@@ -6,6 +6,7 @@ name of a model's class or type is lost.
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +37,11 @@ NAMES = {
 def save(folder: Path, family: str, linearized: bool) -> str:
     """Write the configuration of a family's model, all that vLLM needs here."""
     row = ARCHITECTURES[family]
-    sizes = {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 8}
+    sizes: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+    }
     fields = family_config(family, **sizes).to_dict()
     fields |= {"architectures": [row.causal_lm], "dtype": "bfloat16"}
     if linearized:

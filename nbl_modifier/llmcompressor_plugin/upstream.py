@@ -248,7 +248,8 @@ def fuse_experts(model: PreTrainedModel) -> None:
         if not isinstance(experts, GptOssLinearExperts) or quantized:
             continue
         like = next(experts.parameters())
-        fused: Any = experts._source_experts_cls(experts._source_config)
+        made_of: Any = experts
+        fused: Any = made_of._source_experts_cls(made_of._source_config)
         fused.to(device=like.device, dtype=like.dtype)
         for index, expert in enumerate(experts):
             parts: Any = expert
