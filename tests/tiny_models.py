@@ -49,7 +49,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": _SLIDING,
     "olmo2": {},
     "cohere": {"logit_scale": 1.0},
-    "cohere2": {"logit_scale": 1.0, **_SLIDING},
+    # No shorter window: in vLLM it sees a token more than in transformers.
+    "cohere2": {"logit_scale": 1.0, "sliding_window": MAX_LENGTH},
     "smollm3": {"no_rope_layers": [1, 0] * 20},
     "olmo3": _SLIDING,
     "seed_oss": {},
@@ -86,6 +87,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 8,
         "qk_rope_head_dim": 4,
         "v_head_dim": 8,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
         **_DEEPSEEK_EXPERTS,
     },
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
