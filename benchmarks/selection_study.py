@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from llmcompressor.core import State
 from loguru import logger
 from torch import Tensor
 from tqdm import tqdm
@@ -280,10 +279,7 @@ class Case:
                 streams=streams,
             )
 
-        state = State(model=self._model)
-        return Passes(
-            state, self._forward, self._architecture, self._windows, calibration
-        )
+        return Passes(self._forward, self._architecture, self._windows, calibration)
 
 
 def main_settings() -> list[Setting]:

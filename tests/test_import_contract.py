@@ -53,11 +53,11 @@ LAYERS = {
     "search": Layer(
         ours="calibration replacement layer_statistics evaluation records hf"
         " architectures criteria kv_cache",
-        packages="llmcompressor compressed_tensors loguru torch",
+        packages="compressed_tensors loguru torch transformers",
     ),
     "calibration": Layer(
         ours="replacement layer_statistics numerics hf architectures",
-        packages="llmcompressor loguru torch tqdm transformers",
+        packages="loguru torch tqdm transformers",
     ),
     "replacement": Layer(
         ours="numerics hf architectures",

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from llmcompressor.core import State
 from loguru import logger
 from torch import Tensor, nn
 
@@ -35,7 +34,7 @@ from nbl_modifier.replacement.surgery import Replacement, execution_device, weig
 
 from .cost import Progress
 
-__all__ = ["Calibration", "Measurement"]
+__all__ = ["BatchInFlight", "Calibration", "Measurement"]
 
 # What equal values may differ by after many layers, in units in the last place. The
 # same token over and over, behind 15 layers in float32, came out 2.3 apart, of the norm
@@ -43,6 +42,22 @@ __all__ = ["Calibration", "Measurement"]
 _EQUAL_ULPS = 32.0
 # What is stored must serve any estimator and may yet be fitted on, so it has it all.
 _Heldout = LayerStatistics | HeldoutStatistics
+
+
+@dataclass(frozen=True)
+class BatchInFlight:
+    """
+    What hooks have to know of the batch that runs, beside what their layer is given.
+
+    :param number: in the calibration set, from 0
+    :param loss_mask: nonzero where a token counts, ``[batch, tokens]``; None: all do
+    :param mask_implementation: the attention implementation that the model makes its
+        masks for, such as ``eager``
+    """
+
+    number: int
+    loss_mask: Tensor | None
+    mask_implementation: str
 
 
 @dataclass(frozen=True)
@@ -174,24 +189,31 @@ class Calibration:
         """Return the criterion's value by layer index, lower is more linear."""
         return {i: getattr(m, self._criterion) for i, m in self.measured.items()}
 
-    def watch(self, state: State, index: int, register: Callable[..., Any]) -> None:
+    def watch(
+        self,
+        index: int,
+        register: Callable[..., Any],
+        in_flight: Callable[[], BatchInFlight],
+    ) -> None:
         """
         Register the hooks that see one layer.
 
-        :param state: the session's; tells which batch is running
         :param index: the decoder layer
-        :param register: ``HooksMixin.register_hook`` of who removes them again
+        :param register: given module, hook, its kind as in ``register_<kind>_hook`` and
+            keyword arguments for that, registers it for who removes it again
+        :param in_flight: called while a batch runs, says which
         """
         if index in self._stored:
             return
         if self._spec.kind == "block":
-            see = self._guarded(partial(self._see_block, state, index))
+            see = self._guarded(partial(self._see_block, in_flight, index))
             register(self._layers[index], see, "forward", with_kwargs=True)
             return
         if self._architecture.input_norm is not None:
             norm = self._layers[index].get_submodule(self._architecture.input_norm)
-            register(norm, partial(self._see_norm_input, state, index), "forward_pre")
-        see = self._guarded(partial(self._see_attention, state, index))
+            keep = partial(self._see_norm_input, in_flight, index)
+            register(norm, keep, "forward_pre")
+        see = self._guarded(partial(self._see_attention, in_flight, index))
         register(self._attention(index), see, "forward", with_kwargs=True)
 
     def _guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
@@ -207,14 +229,18 @@ class Calibration:
         return run
 
     def _see_norm_input(
-        self, state: State, index: int, _module: nn.Module, args: tuple[Any, ...]
+        self,
+        in_flight: Callable[[], BatchInFlight],
+        index: int,
+        _module: nn.Module,
+        args: tuple[Any, ...],
     ) -> None:
         """Forward-pre hook on the input norm: keep the residual stream, R."""
-        self._residuals[index] = (state.current_batch_idx, args[0])
+        self._residuals[index] = (in_flight().number, args[0])
 
     def _see_attention(
         self,
-        state: State,
+        in_flight: Callable[[], BatchInFlight],
         index: int,
         _module: nn.Module,
         args: tuple[Any, ...],
@@ -231,21 +257,22 @@ class Calibration:
         started_at = time.perf_counter()
         name = self._names[index]
         normalized = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        batch, residual = state.current_batch_idx, normalized
+        batch = in_flight()
+        number, residual = batch.number, normalized
         if self._architecture.input_norm is not None:
-            batch, residual = self._residuals.pop(index, (-1, None))
-        if residual is None or batch != state.current_batch_idx:
+            number, residual = self._residuals.pop(index, (-1, None))
+        if residual is None or number != batch.number:
             raise RuntimeError(
                 f"{name}: its input norm ran on another batch than attention did. Set "
                 "sequential_targets to the decoder layer class, or leave it unset."
             )
         added = self._added_to_stream(index, output[0])
         mask = kwargs.get("attention_mask")
-        self._add(state, index, mask, residual, normalized, added, started_at)
+        self._add(batch, index, mask, residual, normalized, added, started_at)
 
     def _see_block(
         self,
-        state: State,
+        in_flight: Callable[[], BatchInFlight],
         index: int,
         _module: nn.Module,
         args: tuple[Any, ...],
@@ -263,11 +290,11 @@ class Calibration:
         # in float32: a difference of streams, smaller than either
         added = output.float() - residual.float()
         mask = kwargs.get("attention_mask")
-        self._add(state, index, mask, residual, residual, added, started_at)
+        self._add(in_flight(), index, mask, residual, residual, added, started_at)
 
     def _add(
         self,
-        state: State,
+        batch: BatchInFlight,
         index: int,
         mask: Tensor | None,
         residual: Tensor,
@@ -278,33 +305,32 @@ class Calibration:
         """
         Add one batch to the statistics of one layer.
 
+        :param batch: which it is
         :param mask: as called with, ``[batch, 1, tokens, tokens]`` or None
         :param residual: the stream before what is replaced, ``[batch, tokens, d]``
         :param normalized: what attention reads of it, likewise
         :param added: what is added to it there, likewise
         :param started_at: when the hook began
         """
-        batch = state.current_batch_idx
-        made_for = state.model.config._attn_implementation
+        made_for = batch.mask_implementation
         check_causal(self._names[index], self._attention(index), made_for, mask)
-        loss_mask = state.loss_masks[batch] if state.loss_masks else None
-        valid = valid_tokens(normalized, mask, loss_mask)
+        valid = valid_tokens(normalized, mask, batch.loss_mask)
         if self._streams is not None:
             # without one the layer is the first, and its input is the model's own
-            stream = self._streams.get(batch, residual).to(residual.device)
+            stream = self._streams.get(batch.number, residual).to(residual.device)
             # in float32: a difference of streams, far smaller than either
             added = (residual.float() - stream.float()) + added.float()
             residual = stream
             if self._normalized:
                 normalized = self._normalize(index, stream)
-        statistics = self._statistics_of(index, batch, normalized)
+        statistics = self._statistics_of(index, batch.number, normalized)
         statistics.update(residual, normalized, added, valid)
         statistics.seconds += time.perf_counter() - started_at
 
-    def _statistics_of(self, index: int, batch: int, like: Tensor) -> _Heldout:
-        """Return what the rows of ``batch`` are added to: for the fit, or held out."""
+    def _statistics_of(self, index: int, number: int, like: Tensor) -> _Heldout:
+        """Return what the rows of a batch are added to: for the fit, or held out."""
         form = (self._names[index], like.shape[-1], self._normalized, like.device)
-        if batch not in self._held_out:
+        if number not in self._held_out:
             if index not in self._statistics:
                 self._statistics[index] = LayerStatistics(*form)
             return self._statistics[index]

@@ -54,6 +54,11 @@ class PartialForward:
         self._model = model
         self._progress = progress
 
+    @property
+    def mask_implementation(self) -> str:
+        """The attention implementation that the model makes its masks for."""
+        return str(self._model.config._attn_implementation)
+
     def parameters(self) -> Iterable[nn.Parameter]:
         """The model's."""
         return self._model.parameters()

@@ -10,39 +10,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from llmcompressor.core import State
-from llmcompressor.modifiers.utils.hooks import HooksMixin
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.layer_statistics.windows import Windows
 from nbl_modifier.replacement.surgery import Replacement, replaced
 
-from .calibration import Calibration
+from .calibration import BatchInFlight, Calibration
 from .forward import PartialForward
 
 __all__ = ["Passes"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Passes:
     """
     Passes over the calibration windows.
 
-    :param state: the session's; hooks read from it which batch is running
     :param forward: the model
     :param architecture: its family
     :param windows: all of them, held-out ones included
     :param calibration: makes the statistics of a pass, given ``streams``
     """
 
-    state: State
     forward: PartialForward
     architecture: Architecture
     windows: Windows
     calibration: Callable[[Mapping[int, Tensor] | None], Calibration]
+    _running: int = field(default=-1, init=False)
 
     def replaced(
         self, replacements: Mapping[int, Replacement]
@@ -98,16 +97,29 @@ class Passes:
     def _advance(self, streams: dict[int, Tensor], start: int, stop: int) -> None:
         """Take the residual stream of every batch from one layer to another."""
         for number, batch in enumerate(self.windows.batches):
-            self.state.current_batch_idx = number
+            self._running = number
             stream = self.forward.hidden_states(batch, stop, streams.get(number), start)
             if stream is not None:
                 streams[number] = stream.cpu()
 
     @contextmanager
     def _watching(self, calibration: Calibration, index: int) -> Iterator[None]:
-        hooks = HooksMixin()
-        calibration.watch(self.state, index, hooks.register_hook)
+        handles: list[RemovableHandle] = []
+
+        def register(module: nn.Module, hook: Any, kind: str, **options: Any) -> None:
+            handles.append(getattr(module, f"register_{kind}_hook")(hook, **options))
+
+        calibration.watch(index, register, self._in_flight)
         try:
             yield
         finally:
-            hooks.remove_hooks()
+            for handle in handles:
+                handle.remove()
+
+    def _in_flight(self) -> BatchInFlight:
+        masks = self.windows.loss_masks
+        return BatchInFlight(
+            self._running,
+            None if masks is None else masks[self._running],
+            self.forward.mask_implementation,
+        )

@@ -12,6 +12,7 @@ import torch
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier, ModifierFactory
+from llmcompressor.utils.helpers import calibration_forward_context
 from loguru import logger
 from pydantic import (
     Field,
@@ -63,12 +64,14 @@ from .followers import Followers, refuse_earlier
 from .options import check_options, check_pattern, choose_rank, refuse_boolean, why_idle
 from .upstream import (
     FusedAttention,
+    batch_in_flight,
     hide_bars,
     keep_causal_mask,
     observe_queries,
     release_causal_mask,
     running_oneshot,
     show_bars,
+    windows_of,
 )
 
 __all__ = ["NBLModifier"]
@@ -420,7 +423,9 @@ class NBLModifier(Modifier):
             store=self._store,
         )
         for index in self._candidates:
-            self._calibration.watch(state, index, self.register_hook)
+            self._calibration.watch(
+                index, self.register_hook, partial(batch_in_flight, state)
+            )
         assert self._fused_attention is not None
         self._fused_attention.switch_on()
         # Until the end of the run: the passes of later modifiers are as slow otherwise.
@@ -477,20 +482,26 @@ class NBLModifier(Modifier):
             )
         model: PreTrainedModel = state.model
         keep = len(self._candidates)
-        outcome = find_replacements(
-            state,
-            calibration,
-            partial(self._new_calibration, model, keep, log_level="DEBUG"),
-            self._data,
-            self._architecture,
-            self._budget,
-            criterion=self.criterion,
-            greedy=self.selection == "greedy",
-            refit=self.refit,
-            distill_epochs=self.distill_epochs,
-            distill_rate=self.distill_rate,
-            progress=self._progress,
-        )
+        windows, held_out = None, frozenset[int]()
+        if self._data is not None:
+            windows, held_out = windows_of(state, self._data), self._data.held_out
+        # The basic pipeline has left this context by now.
+        with calibration_forward_context(model):
+            outcome = find_replacements(
+                model,
+                calibration,
+                partial(self._new_calibration, model, keep, log_level="DEBUG"),
+                windows,
+                held_out,
+                self._architecture,
+                self._budget,
+                criterion=self.criterion,
+                greedy=self.selection == "greedy",
+                refit=self.refit,
+                distill_epochs=self.distill_epochs,
+                distill_rate=self.distill_rate,
+                progress=self._progress,
+            )
         self._line.close()
         logger.info(
             "NBL: {:.1f} forward passes in {}",

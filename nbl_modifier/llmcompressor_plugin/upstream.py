@@ -18,6 +18,7 @@ from compressed_tensors.modeling.attention import (
     QuantizedAttentionImpl,
 )
 from compressed_tensors.utils import patch_attr
+from llmcompressor.core import State
 from llmcompressor.entrypoints import utils as entrypoints
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
@@ -34,9 +35,12 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nbl_modifier.architectures import Architecture
+from nbl_modifier.calibration.calibration import BatchInFlight
+from nbl_modifier.layer_statistics.windows import CalibrationData, Windows
 
 __all__ = [
     "FusedAttention",
+    "batch_in_flight",
     "fuse_experts",
     "hide_bars",
     "keep_causal_mask",
@@ -46,6 +50,7 @@ __all__ = [
     "release_causal_mask",
     "running_oneshot",
     "show_bars",
+    "windows_of",
     "wrap_saving",
 ]
 
@@ -66,6 +71,31 @@ def running_oneshot() -> Oneshot | None:
             return caller
         frame = frame.f_back
     return None
+
+
+def batch_in_flight(state: State) -> BatchInFlight:
+    """
+    Return what the session says about the batch that its pipeline runs.
+
+    :param state: the session's
+    """
+    number = state.current_batch_idx
+    return BatchInFlight(
+        number,
+        state.loss_masks[number] if state.loss_masks else None,
+        state.model.config._attn_implementation,
+    )
+
+
+def windows_of(state: State, data: CalibrationData) -> Windows:
+    """
+    Return the calibration windows, for passes of our own.
+
+    :param state: the session's, which has the masks of what counts
+    :param data: the calibration set
+    """
+    placeholder = getattr(state.model.config, "image_token_id", None)
+    return Windows(data.batches, state.loss_masks or None, placeholder)
 
 
 def keep_causal_mask() -> None:

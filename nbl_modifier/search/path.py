@@ -5,13 +5,12 @@ Which layers to replace: paths through the candidates, and the budgets that end 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llmcompressor.core import State
-from llmcompressor.utils.helpers import calibration_forward_context
 from loguru import logger
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.calibration import Calibration
@@ -20,7 +19,7 @@ from nbl_modifier.calibration.forward import PartialForward
 from nbl_modifier.calibration.passes import Passes
 from nbl_modifier.criteria import TRIED
 from nbl_modifier.evaluation.perplexity import PerplexityResult
-from nbl_modifier.layer_statistics.windows import CalibrationData, Windows
+from nbl_modifier.layer_statistics.windows import Windows
 from nbl_modifier.records.compression import HeldoutResult
 from nbl_modifier.replacement.surgery import Replacement
 
@@ -437,10 +436,11 @@ def _finite(loss: PerplexityResult, subject: str) -> PerplexityResult:
 
 
 def find_replacements(
-    state: State,
+    model: PreTrainedModel,
     calibration: Calibration,
     new_calibration: Callable[[Mapping[int, Tensor] | None], Calibration],
-    data: CalibrationData | None,
+    windows: Windows | None,
+    held_out: Collection[int],
     architecture: Architecture,
     budget: Budget,
     *,
@@ -454,10 +454,14 @@ def find_replacements(
     """
     Choose layers, and fit them again, or train them, if asked for.
 
-    :param state: the session's, the pipeline's pass just over
-    :param calibration: what that pass measured
+    Call it where calibration passes may run.
+
+    :param model: the causal language model
+    :param calibration: what the pass over it measured
     :param new_calibration: for further passes, given ``streams``
-    :param data: None: everything can be told from ``calibration``
+    :param windows: the calibration set; None: everything can be told from
+        ``calibration``
+    :param held_out: numbers of the batches to measure losses on
     :param architecture: the model's family
     :param budget: when to stop
     :param criterion: as in :class:`Search`
@@ -467,32 +471,26 @@ def find_replacements(
     :param distill_rate: learning rate of that; None: found on held-out windows
     :param progress: of the run
     """
-    if data is None:
+    if windows is None:
         return Search(criterion, budget).one_shot(calibration)
     progress.start("selection")
-    forward = PartialForward(state.model, architecture, progress)
-    placeholder = getattr(state.model.config, "image_token_id", None)
-    windows = Windows(data.batches, state.loss_masks, placeholder)
-    passes = Passes(state, forward, architecture, windows, new_calibration)
-    # The basic pipeline has left this context by now.
-    with calibration_forward_context(state.model):
-        trials = None
-        if data.held_out:
-            trials = Trials(forward, architecture, windows.select(data.held_out))
-        search = Search(criterion, budget, trials)
-        if greedy:
-            outcome = search.greedy(calibration, passes)
-        else:
-            outcome = search.one_shot(calibration)
-        if refit:
-            progress.start("refit")
-            outcome = search.refit(outcome, passes)
-        if distill_epochs:
-            assert trials is not None
-            progress.start("distillation")
-            fitted_on = windows.select(set(range(len(data.batches))) - data.held_out)
-            distillation = Distillation(forward, architecture, fitted_on, trials)
-            outcome = search.distill(
-                outcome, distillation, distill_epochs, distill_rate
-            )
-        return outcome
+    forward = PartialForward(model, architecture, progress)
+    passes = Passes(forward, architecture, windows, new_calibration)
+    trials = None
+    if held_out:
+        trials = Trials(forward, architecture, windows.select(held_out))
+    search = Search(criterion, budget, trials)
+    if greedy:
+        outcome = search.greedy(calibration, passes)
+    else:
+        outcome = search.one_shot(calibration)
+    if refit:
+        progress.start("refit")
+        outcome = search.refit(outcome, passes)
+    if distill_epochs:
+        assert trials is not None
+        progress.start("distillation")
+        fitted_on = windows.select(set(range(len(windows.batches))) - set(held_out))
+        distillation = Distillation(forward, architecture, fitted_on, trials)
+        outcome = search.distill(outcome, distillation, distill_epochs, distill_rate)
+    return outcome

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from nbl_modifier.evaluation import Score, TaskScores, compare
-from nbl_modifier.evaluation.comparison import recovery
+from nbl_modifier.evaluation.comparison import Average, recovery
 from nbl_modifier.evaluation.scores import ratio_score
 from nbl_modifier.evaluation.table import comparison_table
 
@@ -144,3 +144,42 @@ def test_table_names_every_task_and_keeps_columns() -> None:
     assert [line.split()[0] for line in lines[2:6]] == ["one", "two", "text", "average"]
     assert all(line.endswith("100.0% +- 0.0%") for line in lines[2:6])
     assert len({len(line) for line in lines[2:6]}) == 1
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_errors_of_the_average_are_those_of_resampled_documents(paired: bool) -> None:
+    """Tasks of unequal size and rate; documents drawn anew within each task."""
+    rng = random.Random(3)
+    answers: list[tuple[list[float], list[float]]] = []
+    for size, rate, kept in ((200, 0.8, 0.9), (400, 0.6, 0.85), (300, 0.3, 0.95)):
+        base = [float(rng.random() < rate) for _ in range(size)]
+        other = [hit if rng.random() < kept else 1 - hit for hit in base]
+        answers.append((base, other))
+
+    def average(draws: list[tuple[list[float], list[float]]]) -> Average:
+        names = [f"task{i}" for i in range(len(draws))]
+        sides = [
+            {n: task(n, accuracy(d[i])) for n, d in zip(names, draws, strict=True)}
+            for i in (0, 1)
+        ]
+        found = compare(*sides).average
+        assert found is not None
+        return found
+
+    def drawn(base: list[float], other: list[float]) -> tuple[list[float], list[float]]:
+        places = rng.choices(range(len(base)), k=len(base))
+        others = places if paired else rng.choices(range(len(base)), k=len(base))
+        return [base[i] for i in places], [other[i] for i in others]
+
+    resampled = [average([drawn(*pair) for pair in answers]) for _ in range(500)]
+    stated = average(answers)
+    recoveries = statistics.stdev(each.recovery.value for each in resampled)
+    errors = stated.recovery.stderr if paired else stated.recovery.unpaired_stderr
+    # 500 resamples give a standard deviation to 1 / sqrt(1000), 3%; four of those
+    assert errors == pytest.approx(recoveries, rel=0.13)
+    for stderr, values in (
+        (stated.base_stderr, [each.base for each in resampled]),
+        (stated.compressed_stderr, [each.compressed for each in resampled]),
+    ):
+        assert stderr == pytest.approx(statistics.stdev(values), rel=0.13)
+    assert stated.recovery.value == pytest.approx(stated.compressed / stated.base)
