@@ -91,7 +91,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "topk_method": "noaux_tc",
         **_DEEPSEEK_EXPERTS,
     },
-    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "minimax_m2": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        # as published; vLLM reads them, transformers does not
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+    },
 }
 #: Families that every test takes; the others go through ``test_more_families.py``.
 THOROUGH = tuple(FAMILIES)[:13]
@@ -159,6 +165,8 @@ def family_config(
     if model_type == "granitemoehybrid":
         fields["shared_intermediate_size"] = 2 * hidden_size
         fields["mamba_d_head"] = 2 * hidden_size // 8
+    if model_type == "minimax_m2":
+        fields["rotary_dim"] = head_dim
     if model_type == "deepseek_v3":  # heads are its own
         del fields["head_dim"]
         fields["num_key_value_heads"] = num_attention_heads
