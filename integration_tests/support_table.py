@@ -1,19 +1,27 @@
 """
-Writes the support table into README.md, from the results of the last full run.
+Writes the support table into docs/support.md, from the results of the last full run.
 
     python -m integration_tests.support_table
 
-No cell is filled by hand: ``tests/test_support_table.py`` fails if README.md differs.
+No cell is filled by hand: ``tests/test_support_table.py`` fails if the page differs.
 """
 
 from pathlib import Path
 from typing import Any
 
 from integration_tests.results import read_results
-from integration_tests.rows import ROOT, Row, families, features, rows
+from integration_tests.rows import (
+    ROOT,
+    Row,
+    families,
+    features,
+    more_families,
+    more_features,
+    rows,
+)
 
 RESULTS = Path(__file__).with_name("results")
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "support.md"
 BEGIN = "<!-- support table: python -m integration_tests.support_table -->"
 END = "<!-- end of support table -->"
 CELLS = {"passed": "yes", "unsupported": "no (vLLM)", "failed": "fails"}
@@ -25,18 +33,17 @@ def render(results: dict[str, Any]) -> str:
 
     :param results: see :func:`read_results`
     """
-    headings = features()
-    lines = [
-        f"| family | {' | '.join(headings.values())} |",
-        f"|:---|{':---:|' * len(headings)}",
-    ]
-    for name, title in families().items():
-        cells = [CELLS[results["cells"][name][feature]] for feature in headings]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    lines = _table(families(), features(), results["cells"])
+    # Results of before there were any lack them all.
+    if results["cells"].keys() >= more_families().keys():
+        more = _table(more_families(), more_features(), results["cells"])
+        lines += ["", "Families that fewer tests go through:", "", *more]
     ran = results["versions"]
     return "\n".join(
         [
             *lines,
+            "",
+            "All of these are small models with random weights.",
             "",
             *_reasons(results["cells"]),
             "",
@@ -48,6 +55,20 @@ def render(results: dict[str, Any]) -> str:
             *(line for later in results["later"] for line in _later(later)),
         ]
     )
+
+
+def _table(
+    titles: dict[str, str], headings: dict[str, str], cells: dict[str, dict[str, str]]
+) -> list[str]:
+    """Return the lines of a table of families by features."""
+    lines = [
+        f"| family | {' | '.join(headings.values())} |",
+        f"|:---|{':---:|' * len(headings)}",
+    ]
+    for name, title in titles.items():
+        row = [CELLS[cells[name][feature]] for feature in headings]
+        lines.append(f"| {title} | {' | '.join(row)} |")
+    return lines
 
 
 def _environments(ran: dict[str, Any]) -> str:
@@ -87,9 +108,10 @@ def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:
         if row.cell is None or row.unsupported is None:
             continue
         family, feature = row.cell
-        if cells[family][feature] == "unsupported":
+        if cells.get(family, {}).get(feature) == "unsupported":
             reason = (features()[feature], row.unsupported)
-            found.setdefault(reason, []).append(families()[family])
+            title = (families() | more_families())[family]
+            found.setdefault(reason, []).append(title)
     together: dict[tuple[str, str], list[str]] = {}
     for (heading, message), titles in found.items():
         together.setdefault((", ".join(titles), message), []).append(heading)
@@ -99,20 +121,20 @@ def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:
     ]
 
 
-def replaced(readme: str, table: str) -> str:
-    """Return README.md's text with the table between its two markers."""
-    before, begin, rest = readme.partition(BEGIN)
+def replaced(page: str, table: str) -> str:
+    """Return docs/support.md's text with the table between its two markers."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md lacks the lines {BEGIN!r} and {END!r}.")
+        raise ValueError(f"docs/support.md lacks the lines {BEGIN!r} and {END!r}.")
     return f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
 
 
 def main() -> None:
-    """Write the table into README.md."""
+    """Write the table into docs/support.md."""
     results = read_results(RESULTS)
-    text = README.read_text(encoding="utf-8")
-    README.write_text(replaced(text, render(results)), encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(replaced(text, render(results)), encoding="utf-8")
 
 
 if __name__ == "__main__":

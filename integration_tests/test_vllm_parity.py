@@ -18,14 +18,15 @@ from safetensors.torch import load_file
 
 from integration_tests.conftest import Materials
 from integration_tests.harness import Served
-from integration_tests.materials import prompts
+from integration_tests.materials import engine_defaults, prompts
 from integration_tests.reference import Reference, prompt_logprobs, reference
-from integration_tests.rows import Row, rows
+from integration_tests.rows import Row, more_families, rows
+from nbl_modifier.kv_cache import Engine, KVCache
 
 pytestmark = pytest.mark.requires_vllm
 
 Serve = Callable[[Row], Served]
-Engine = Callable[..., Served]
+StartEngine = Callable[..., Served]
 Record = Callable[[str, object], None]
 
 
@@ -134,7 +135,7 @@ def test_logprobs(
     made: Materials,
     served: Serve,
     base: Serve,
-    engine: Engine,
+    engine: StartEngine,
     record_property: Record,
 ) -> None:
     """
@@ -230,6 +231,15 @@ def assert_capacity(
     of the more frequent kind count.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if row.model in more_families():  # one process, layers of any kinds
+        length = engine_defaults(row.model)["max_model_len"]
+        engine = Engine(base_answer.block_size, in_flight=length)
+        cache = KVCache.from_config(config)
+        base_cache = KVCache.of_base_model(config, config["num_hidden_layers"])
+        times = base_cache.allotted(length, engine) / cache.allotted(length, engine)
+        found = answer.kv_cache_tokens / base_answer.kv_cache_tokens
+        assert found == pytest.approx(times, rel=0.01)
+        return
     text_config = config.get("text_config", config)
     num_layers = text_config["num_hidden_layers"]
     kinds = text_config.get("layer_types") or ["full_attention"] * num_layers
@@ -265,7 +275,7 @@ def assert_holds(answer: Served, base_answer: Served, times: int, busiest: int) 
 
 
 def test_capacity_test_notices_a_kept_kv_cache(
-    made: Materials, engine: Engine, base: Serve
+    made: Materials, engine: StartEngine, base: Serve
 ) -> None:
     """Replaced attention that vLLM still knows gives right tokens and frees nothing."""
     (row,) = (row.values[0] for row in rows() if row.id == "dense_residual_float32")
@@ -302,7 +312,7 @@ def test_linears_are_quantized(row: Row, made: Materials, served: Serve) -> None
 
 
 def test_dropped_blocks_need_no_plugin(
-    made: Materials, engine: Engine, base: Serve
+    made: Materials, engine: StartEngine, base: Serve
 ) -> None:
     """A model that is only shorter is one that any vLLM serves."""
     fields = {"num_layers": 4, "kind": "block", "method": "drop", "criterion": "cosine"}

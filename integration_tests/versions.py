@@ -63,7 +63,7 @@ def run(name: str, environments: Path, materials: Path) -> dict[str, Any]:
     try:
         subprocess.run([*make, f"{environment}/.complete"], cwd=ROOT, check=True)
         python = environment / "bin" / "python"
-        start = time.monotonic()
+        start, checked_out = time.monotonic(), commit()
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
             done = subprocess.run(
@@ -77,7 +77,7 @@ def run(name: str, environments: Path, materials: Path) -> dict[str, Any]:
             "name": name,
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
             "minutes": round((time.monotonic() - start) / 60, 1),
-            "commit": commit(),
+            "commit": checked_out,
             "python": platform.python_version(),
             "packages": installed(str(python), PACKAGES),
             "overlay": overlay.read_text("utf-8").strip() if overlay.exists() else None,

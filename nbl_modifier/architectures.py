@@ -43,8 +43,9 @@ class Architecture:
     :param expert_names: weights of an expert that checkpoints name otherwise than
         llm-compressor does: its name, theirs
     :param vllm_stream: how vLLM's decoder layers hand on the residual stream: as the
-        ``sum`` of the two tensors they return, as the ``first`` of them, or as the
-        ``only`` one
+        ``sum`` of the two tensors they return, as the ``first`` of them, as the
+        ``only`` one, or as the ``lone`` one beside None
+    :param vllm_attention: name of the attention module in vLLM, if it is another
     """
 
     model_type: str
@@ -61,6 +62,7 @@ class Architecture:
     awq_mappings_of: str | None = None
     expert_names: tuple[tuple[str, str], ...] = ()
     vllm_stream: str = "sum"
+    vllm_attention: str | None = None
 
     @property
     def nbl_model_type(self) -> str:
@@ -166,6 +168,69 @@ ARCHITECTURES: dict[str, Architecture] = {
             "CohereModel",
             parallel=True,
             vllm_stream="first",
+        ),
+        Architecture(
+            "cohere2",
+            "Cohere2ForCausalLM",
+            "Cohere2Model",
+            parallel=True,
+            vllm_stream="first",
+        ),
+        Architecture("smollm3", "SmolLM3ForCausalLM", "SmolLM3Model"),
+        Architecture(
+            "olmo3",
+            "Olmo3ForCausalLM",
+            "Olmo3Model",
+            input_norm=None,
+            post_norm="post_attention_layernorm",
+            vllm_stream="only",
+        ),
+        Architecture("seed_oss", "SeedOssForCausalLM", "SeedOssModel"),
+        Architecture("starcoder2", "Starcoder2ForCausalLM", "Starcoder2Model"),
+        Architecture(
+            "hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Model"
+        ),
+        Architecture("ministral3", "Ministral3ForCausalLM", "Ministral3Model"),
+        Architecture(
+            "glm4", "Glm4ForCausalLM", "Glm4Model", post_norm="post_self_attn_layernorm"
+        ),
+        Architecture("glm4_moe", "Glm4MoeForCausalLM", "Glm4MoeModel"),
+        Architecture(
+            "exaone4",
+            "Exaone4ForCausalLM",
+            "Exaone4Model",
+            input_norm=None,
+            post_norm="post_attention_layernorm",
+            vllm_stream="first",
+        ),
+        Architecture("nemotron", "NemotronForCausalLM", "NemotronModel"),
+        Architecture(
+            "gemma4_text",
+            "Gemma4ForCausalLM",
+            "Gemma4TextModel",
+            post_norm="post_attention_layernorm",
+            vllm_stream="lone",
+        ),
+        Architecture("ernie4_5", "Ernie4_5ForCausalLM", "Ernie4_5Model"),
+        # Every few layers attention, the others a gated delta net.
+        Architecture("qwen3_5_text", "Qwen3_5ForCausalLM", "Qwen3_5TextModel"),
+        Architecture(
+            "gpt_oss", "GptOssForCausalLM", "GptOssModel", vllm_attention="attn"
+        ),
+        # Some layers attention, the others Mamba 2.
+        Architecture(
+            "granitemoehybrid",
+            "GraniteMoeHybridForCausalLM",
+            "GraniteMoeHybridModel",
+            output_scale="residual_multiplier",
+            vllm_stream="first",
+        ),
+        Architecture("deepseek_v3", "DeepseekV3ForCausalLM", "DeepseekV3Model"),
+        Architecture(
+            "minimax_m2",
+            "MiniMaxM2ForCausalLM",
+            "MiniMaxM2Model",
+            expert_names=(("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")),
         ),
     )
 }

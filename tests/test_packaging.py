@@ -43,7 +43,7 @@ def canonical(name: str) -> str:
 
 
 def third_party_imports(serving: bool) -> dict[str, set[str]]:
-    """Return the packages that each module imports, of the serving side or the rest."""
+    """Return what each module of the serving side, or of the rest, imports."""
     found: dict[str, set[str]] = {}
     for module in FILES:
         if module.startswith(SERVING_SIDE) == serving:

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from integration_tests.results import outcome, read_results
-from integration_tests.rows import families, features
+from integration_tests.rows import families, features, more_families, more_features
 from integration_tests.support_table import (
     BEGIN,
     END,
-    README,
+    PAGE,
     RESULTS,
     render,
     replaced,
@@ -19,7 +19,7 @@ from integration_tests.support_table import (
 
 
 def test_markers_must_be_there() -> None:
-    with pytest.raises(ValueError, match="README.md lacks the lines"):
+    with pytest.raises(ValueError, match="docs/support.md lacks the lines"):
         replaced("no table here", "table")
     assert replaced(f"a\n{BEGIN}\nold\n{END}\nb", "new").splitlines() == [
         "a", BEGIN, "", "new", "", END, "b",
@@ -74,9 +74,9 @@ def test_a_cell_that_was_not_run_is_an_error(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
-def test_readme_has_the_stored_results() -> None:
-    readme = README.read_text(encoding="utf-8")
-    assert replaced(readme, render(read_results(RESULTS))) == readme
+def test_the_page_has_the_stored_results() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert replaced(page, render(read_results(RESULTS))) == page
 
 
 def test_a_failed_cell_shows() -> None:
@@ -92,6 +92,19 @@ def test_what_vllm_cannot_do_comes_with_its_words() -> None:
     for name, cells in results["cells"].items():
         for feature, outcome_of in cells.items():
             if outcome_of == "unsupported":
-                heading, title = features()[feature], families()[name]
+                heading = features()[feature]
+                title = (families() | more_families())[name]
                 lines = [line for line in table.splitlines() if line.startswith("- ")]
                 assert any(heading in line and title in line for line in lines)
+
+
+def test_families_of_fewer_tests_have_a_table_once_they_were_run() -> None:
+    results = read_results(RESULTS)
+    of_each = dict.fromkeys(more_features(), "passed")
+    results["cells"] |= {name: dict(of_each) for name in more_families()}
+    table = render(results)
+    for title in more_families().values():
+        assert f"| {title} | yes | yes | yes |" in table
+    results["cells"]["ernie4_5"]["vllm"] = "failed"
+    assert "| ERNIE 4.5 | yes | yes | fails |" in render(results)
+    assert len(families() | more_families()) >= 25

@@ -151,7 +151,7 @@ def linearized(model: Model) -> list[int]:
     return [
         index
         for index, layer in enumerate(decoder_layers(model))
-        if hasattr(layer.self_attn, "linear")
+        if hasattr(getattr(layer, "self_attn", None), "linear")
     ]
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,18 @@ IMAGE_TOKEN = 1
 IMAGE_SIZE = 8
 
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "norm_topk_prob": True}
+_DEEPSEEK_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 _SLIDING: dict[str, Any] = {"sliding_window": SLIDING_WINDOW}
+# By turns.
+_SLIDING_KINDS = ("sliding_attention", "full_attention")
+_HYBRID_KINDS = ("linear_attention", "full_attention")
 #: Configuration of each family beyond what all share, by ``model_type``.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -37,9 +49,62 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma3_text": _SLIDING,
     "olmo2": {},
     "cohere": {"logit_scale": 1.0},
+    "cohere2": {"logit_scale": 1.0, **_SLIDING},
+    "smollm3": {"no_rope_layers": [1, 0] * 20},
+    "olmo3": _SLIDING,
+    "seed_oss": {},
+    "starcoder2": _SLIDING,
+    "hunyuan_v1_dense": {},
+    "ministral3": _SLIDING,
+    "glm4": {},
+    "glm4_moe": _DEEPSEEK_EXPERTS,
+    "exaone4": _SLIDING,
+    "nemotron": {},
+    "gemma4_text": {**_SLIDING, "hidden_size_per_layer_input": 0},
+    "ernie4_5": {},
+    "qwen3_5_text": {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **_SLIDING},
+    "granitemoehybrid": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 0.5,
+        "residual_multiplier": 0.6,
+        "num_local_experts": 0,
+        "mamba_n_heads": 8,
+        "mamba_d_state": 16,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 16,
+    },
+    "deepseek_v3": {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        **_DEEPSEEK_EXPERTS,
+    },
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+#: Families that every test takes; the others go through ``test_more_families.py``.
+THOROUGH = tuple(FAMILIES)[:13]
+_KINDS = {
+    "gemma2": _SLIDING_KINDS,
+    "gemma3_text": _SLIDING_KINDS,
+    "gemma4_text": _SLIDING_KINDS,
+    "olmo3": _SLIDING_KINDS,
+    "cohere2": _SLIDING_KINDS,
+    "exaone4": _SLIDING_KINDS,
+    "gpt_oss": _SLIDING_KINDS,
+    "qwen3_5_text": _HYBRID_KINDS,
+    "granitemoehybrid": _HYBRID_KINDS,
 }
 # Their classes in vLLM have no head of their own.
-_ALWAYS_TIED = {"cohere", "gemma2", "gemma3_text"}
+_ALWAYS_TIED = {"cohere", "cohere2", "gemma2", "gemma3_text", "gemma4_text"}
 
 
 def family_config(
@@ -51,6 +116,8 @@ def family_config(
     num_key_value_heads: int = 2,
     vocab_size: int = VOCAB_SIZE,
     tied: bool = False,
+    max_length: int = MAX_LENGTH,
+    layer_types: Sequence[str] | None = None,
 ) -> Any:
     """
     Return the configuration of a small model.
@@ -63,6 +130,8 @@ def family_config(
     :param num_key_value_heads: a divisor of ``num_attention_heads``
     :param vocab_size: token ids
     :param tied: whether embedding and head share their weight; some families always do
+    :param max_length: tokens that positions are made for
+    :param layer_types: the kind of each layer instead, where the family has two
     """
     from transformers import CONFIG_MAPPING
 
@@ -75,19 +144,34 @@ def family_config(
         "num_attention_heads": num_attention_heads,
         "num_key_value_heads": num_key_value_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": MAX_LENGTH,
+        "max_position_embeddings": max_length,
         "initializer_range": 1.2 * hidden_size**-0.5,
         "tie_word_embeddings": tied or model_type in _ALWAYS_TIED,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
     }
-    if model_type == "qwen3_moe":
+    if model_type in ("qwen3_moe", "glm4_moe", "deepseek_v3"):
         fields["moe_intermediate_size"] = 2 * hidden_size
-    if model_type.startswith("gemma"):
+    if model_type == "granitemoehybrid":
+        fields["shared_intermediate_size"] = 2 * hidden_size
+        fields["mamba_d_head"] = 2 * hidden_size // 8
+    if model_type == "deepseek_v3":  # heads are its own
+        del fields["head_dim"]
+        fields["num_key_value_heads"] = num_attention_heads
+    if model_type in ("gemma2", "gemma3_text"):
         fields["query_pre_attn_scalar"] = head_dim
-        kinds = ("sliding_attention", "full_attention")
-        fields["layer_types"] = [kinds[i % 2] for i in range(num_layers)]
+    if model_type in _KINDS:
+        kinds = _KINDS[model_type]
+        by_turns = [kinds[i % 2] for i in range(num_layers)]
+        fields["layer_types"] = list(layer_types or by_turns)
+    if model_type == "gemma4_text":  # as large again where they see everything
+        fields["per_layer_config"] = {
+            i: {"head_dim": 2 * head_dim}
+            for i, kind in enumerate(fields["layer_types"])
+            if kind == "full_attention"
+        }
+        fields["vocab_size_per_layer_input"] = vocab_size
     if model_type == "llava":
         return _vision_language_config(fields)
     config_class: Any = CONFIG_MAPPING[model_type]
@@ -116,6 +200,12 @@ def _vision_language_config(text: dict[str, Any]) -> Any:
         image_seq_length=4,
         tie_word_embeddings=text["tie_word_embeddings"],
     )
+
+
+def with_attention(model_type: str, num_layers: int) -> list[int]:
+    """Return the layers of a small model that are not recurrent."""
+    step = 2 if _KINDS.get(model_type) == _HYBRID_KINDS else 1
+    return list(range(step - 1, num_layers, step))
 
 
 def save_tiny(

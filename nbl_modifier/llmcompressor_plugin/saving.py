@@ -31,7 +31,7 @@ from nbl_modifier.hf.checkpoint import publish_on_save
 from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
 from nbl_modifier.report.model_card import write_report
 
-from .upstream import keep_expert_names, running_oneshot, wrap_saving
+from .upstream import fuse_experts, keep_expert_names, running_oneshot, wrap_saving
 
 __all__ = ["publish", "register", "report_of"]
 
@@ -98,6 +98,7 @@ def publish(
     def prepare() -> None:
         before()
         keep_expert_names(model, architecture)
+        fuse_experts(model)
 
     publish_on_save(
         model,

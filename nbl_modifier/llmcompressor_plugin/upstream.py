@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any
 
+import torch
 from compressed_tensors.modeling.attention import (
     HOOKED_ATTENTION_NAME,
     IMPL_ATTR,
@@ -21,6 +22,7 @@ from llmcompressor.core import State
 from llmcompressor.entrypoints import utils as entrypoints
 from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
+from llmcompressor.modeling.moe.gpt_oss import GptOssLinearExperts
 from llmcompressor.modeling.moe.linearize import get_linearized_moes
 from llmcompressor.pipelines.sequential import pipeline as sequential
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
@@ -39,6 +41,7 @@ from nbl_modifier.layer_statistics.windows import CalibrationData, Windows
 __all__ = [
     "FusedAttention",
     "batch_in_flight",
+    "fuse_experts",
     "hide_bars",
     "keep_causal_mask",
     "keep_expert_names",
@@ -257,6 +260,38 @@ def keep_expert_names(model: PreTrainedModel, architecture: Architecture) -> Non
     # The others fuse experts, which there is nothing to undo of.
     kept = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     set_save_conversion_mapping(model, [*kept, *renamings])
+
+
+@torch.no_grad()
+def fuse_experts(model: PreTrainedModel) -> None:
+    """
+    Put the experts of gpt-oss back into one weight, unless they are quantized.
+
+    llm-compressor splits them as :func:`keep_expert_names` says. The checkpoints of
+    gpt-oss have no other names than those of the fused weights, so nothing would load
+    the parts (llmcompressor 0.14.0.1, modeling/moe/gpt_oss.py, has no way back).
+
+    :param model: the causal language model, about to be saved
+    """
+    for name, experts in get_linearized_moes(model):
+        quantized = any(hasattr(m, "quantization_scheme") for m in experts.modules())
+        if not isinstance(experts, GptOssLinearExperts) or quantized:
+            continue
+        like = next(experts.parameters())
+        make: Any = experts._source_experts_cls
+        fused: Any = make(experts._source_config)
+        fused.to(device=like.device, dtype=like.dtype)
+        for index, expert in enumerate(experts):
+            parts: Any = expert
+            gate, up, down = parts.gate_proj, parts.up_proj, parts.down_proj
+            # by turns: even columns are the gate's
+            weight = torch.stack([gate.weight, up.weight], dim=1).flatten(0, 1)
+            bias = torch.stack([gate.bias, up.bias], dim=1).flatten()
+            fused.gate_up_proj[index] = weight.T
+            fused.gate_up_proj_bias[index] = bias
+            fused.down_proj[index] = down.weight.T
+            fused.down_proj_bias[index] = down.bias
+        model.set_submodule(name, fused)
 
 
 def hide_bars() -> None:

@@ -32,10 +32,14 @@ def check_model(model: PreTrainedModel) -> Architecture:
     :param model: a causal language model as transformers loads it, some of its layers
         linearized already or none
     :raises NotImplementedError: if its family is not supported, or it is another model
-        of the family: without a head, say, or with that of a classifier
+        of the family: without a head, with that of a classifier, or one whose layers
+        share keys and values
     :raises ValueError: if it is quantized already, or has adapters
     """
-    architecture = architecture_of(model.config.model_type)
+    try:
+        architecture = architecture_of(model.config.model_type)
+    except NotImplementedError as err:
+        raise NotImplementedError(f"{err} {_row_to_add(model)}") from None
     adapted = next((n for n, m in model.named_modules() if _is_adapted(m)), None)
     if adapted is not None:
         raise ValueError(
@@ -51,6 +55,13 @@ def check_model(model: PreTrainedModel) -> Architecture:
             f"with {architecture.auto_class}; a head of one's own can be put on the "
             "linearized decoder afterwards, which AutoModel loads."
         )
+    shared = getattr(model.config.get_text_config(), "num_kv_shared_layers", None)
+    if shared:
+        raise NotImplementedError(
+            f"{type(model).__name__}: its last {shared} layers read keys and values of "
+            "earlier ones (num_kv_shared_layers), which must not lose them. Linearize "
+            "a model of the family whose layers all have their own."
+        )
     quantized = next(
         (n for n, m in model.named_modules() if hasattr(m, "quantization_scheme")), None
     )
@@ -61,6 +72,51 @@ def check_model(model: PreTrainedModel) -> Architecture:
             "NBLModifier first in the recipe."
         )
     return architecture
+
+
+def _row_to_add(model: PreTrainedModel) -> str:
+    """
+    Return the row of a family that is not known, as far as names tell.
+
+    Whether what attention adds passes a norm or a factor stands in ``forward`` only, so
+    a person has to look: nothing is replaced on a guess.
+    """
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = (
+        (path, module[-1])
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers
+    )
+    path, layer = next(found, (None, None))
+    if path is None or layer is None:
+        return "No list of decoder layers was found in this one."
+    children = [name for name, _ in layer.named_children()]
+    norms = [
+        name for name in children if "norm" in name.lower() or name.startswith("ln")
+    ]
+    attentions = [
+        n for n in children if "attn" in n.lower() or "attention" in n.lower()
+    ]
+    attention = next((name for name in attentions if name not in norms), None)
+    if attention is None:
+        return f"No attention was found in its decoder layers: {', '.join(children)}."
+    fields = [model.config.model_type, type(model).__name__]
+    fields.append(type(model.get_submodule(model.base_model_prefix)).__name__)
+    named = {
+        "layers": (path, "model.layers"),
+        "attention": (attention, "self_attn"),
+        "input_norm": (norms[0] if norms else None, "input_layernorm"),
+    }
+    arguments = [repr(field) for field in fields] + [
+        f"{name}={value!r}"
+        for name, (value, default) in named.items()
+        if value != default
+    ]
+    return (
+        f"By the names in this model it is Architecture({', '.join(arguments)}), if "
+        "its layers are built like Llama's; read their forward() for post_norm, "
+        f"parallel and output_scale. Norms of a layer: {', '.join(norms) or 'none'}."
+    )
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -101,7 +157,8 @@ def candidate_layers(
     """
     Return the modules that may be replaced, names by decoder layer index.
 
-    Those that were replaced in an earlier run are not among them.
+    Those that were replaced in an earlier run are not among them, nor are layers of
+    hybrid models that have no attention.
 
     :param model: the causal language model
     :param architecture: its family
@@ -118,7 +175,7 @@ def candidate_layers(
     names = {
         index: name_of(index)
         for index, layer in enumerate(decoder_layers(model, architecture))
-        if not _is_replaced(layer, architecture)
+        if _has_attention(layer, architecture)
     }
     if not names:
         raise ValueError(
@@ -151,8 +208,12 @@ def candidate_layers(
     return {index: name for index, name in names.items() if name in allowed}
 
 
-def _is_replaced(layer: nn.Module, architecture: Architecture) -> bool:
-    return isinstance(layer, LinearizedBlock) or isinstance(
-        layer.get_submodule(architecture.attention),
-        (LinearizedAttention, DroppedAttention),
+def _has_attention(layer: nn.Module, architecture: Architecture) -> bool:
+    """Return whether a layer is neither replaced nor, in a hybrid, recurrent."""
+    attention = getattr(layer, architecture.attention, None)
+    replaced = LinearizedAttention, DroppedAttention
+    return not (
+        isinstance(layer, LinearizedBlock)
+        or attention is None
+        or isinstance(attention, replaced)
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence, Set
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -135,6 +136,22 @@ def _make_map(
     )
 
 
+def _streams(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Return hidden states and residual stream that a module of vLLM was called with.
+
+    By name, or else in this order; positions, which may stand in front or behind, are
+    integers.
+    """
+    given = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    named = [kwargs.get(name) for name in ("hidden_states", "residual")]
+    hidden_states = given.pop(0) if named[0] is None else named[0]
+    residual = given.pop(0) if given and named[1] is None else named[1]
+    return hidden_states, residual
+
+
 class LinearizedAttention(nn.Module):
     """
     Affine map in place of an attention layer, without a KV cache.
@@ -149,19 +166,16 @@ class LinearizedAttention(nn.Module):
         self.linear = linear
         self.num_summands = num_summands
 
-    def forward(
-        self,
-        positions: torch.Tensor,  # noqa: ARG002  # as vLLM's attention modules
-        hidden_states: torch.Tensor,
-        **_: Any,
-    ) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """
         Return the map of every token, or this process's equal share of it.
 
-        :param positions: not used, a linear layer has none
-        :param hidden_states: ``[num_tokens, hidden_size]``
+        :param args: as vLLM's attention modules are called, in the family's order;
+            among them the hidden states ``[num_tokens, hidden_size]``
+        :param kwargs: the same by name
         :return: ``[num_tokens, hidden_size]``
         """
+        hidden_states, _ = _streams(args, kwargs)
         output, _bias = self.linear(hidden_states)
         return output if self.num_summands == 1 else output / self.num_summands
 
@@ -169,19 +183,15 @@ class LinearizedAttention(nn.Module):
 class DroppedAttention(nn.Module):
     """Nothing in place of an attention layer: it adds zero to the residual stream."""
 
-    def forward(
-        self,
-        positions: torch.Tensor,  # noqa: ARG002  # as vLLM's attention modules
-        hidden_states: torch.Tensor,
-        **_: Any,
-    ) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """
         Return zero for every token.
 
-        :param positions: not used
-        :param hidden_states: ``[num_tokens, hidden_size]``
+        :param args: as :meth:`LinearizedAttention.forward`
+        :param kwargs: the same by name
         :return: ``[num_tokens, hidden_size]``
         """
+        hidden_states, _ = _streams(args, kwargs)
         return torch.zeros_like(hidden_states)
 
 
@@ -202,27 +212,28 @@ class LinearizedBlock(nn.Module):
         self.stream = stream
 
     def forward(
-        self,
-        positions: torch.Tensor,  # noqa: ARG002  # as vLLM's blocks
-        hidden_states: torch.Tensor,
-        residual: torch.Tensor | None = None,
-        **_: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self, *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """
         Return the residual stream after the block, as the family's blocks do.
 
-        :param positions: not used
-        :param hidden_states: ``[num_tokens, hidden_size]``
-        :param residual: same shape, or None in front of the first block
+        :param args: as vLLM's blocks are called, in the family's order: among them the
+            hidden states ``[num_tokens, hidden_size]``, then the residual stream, same
+            shape, or None in front of the first block
+        :param kwargs: the same by name
         :return: ``sum``: what is added to the stream, and the stream before it;
-            ``first``: the stream after it, and before; ``only``: the stream after it
+            ``first``: the stream after it, and before; ``only``: the stream after it;
+            ``lone``: the same, and None
         """
+        hidden_states, residual = _streams(args, kwargs)
         if self.stream == "sum" and residual is not None:
             hidden_states = (hidden_states + residual).to(hidden_states.dtype)
         added, _bias = self.linear(hidden_states)
         if self.stream == "sum":
             return added, hidden_states
         after = hidden_states + added
+        if self.stream == "lone":
+            return after, None
         return (after, hidden_states) if self.stream == "first" else after
 
 
@@ -369,8 +380,8 @@ class LinearizedMixin:
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Hand on the tensors of a checkpoint; refuse those of what was replaced."""
-        model_type = self.architecture.model_type
-        paths = {self.architecture.layers, ARCHITECTURES[model_type].layers}
+        stock = ARCHITECTURES[self.architecture.model_type]
+        paths = {self.architecture.layers, stock.layers}
         replaced = {
             f"{path}.{index}.": spec
             for path in paths
@@ -381,7 +392,7 @@ class LinearizedMixin:
                 if name.startswith(layer):
                     check_tensors(
                         layer,
-                        self.architecture,
+                        stock,
                         spec,
                         missing=[],
                         found=[name],
@@ -471,7 +482,22 @@ def _stock_class(config: Any) -> Iterator[None]:
 
 
 class LeftOut(nn.Module):
-    """Keeps the place of an attention layer until what replaces it is there."""
+    """
+    Keeps the place of an attention layer until what replaces it is there.
+
+    Some of vLLM's models set something in attention once all layers are there (Ernie
+    4.5 its rotary embedding); here it is lost.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        """
+        Return something to set attributes of.
+
+        :param name: of a part of attention
+        """
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return SimpleNamespace()
 
 
 @contextlib.contextmanager
@@ -489,8 +515,13 @@ def _left_out(
     :param vllm_config: knows the attention layers built so far by their full names
     """
 
+    context = vllm_config.compilation_config.static_forward_context
+
     def exchange(_: nn.Module, name: str, module: nn.Module | None) -> nn.Module | None:
         if name != attribute or module is None:
+            return None
+        # What has the KV cache may have the same name inside of attention (gpt-oss).
+        if any(module is each for each in context.values()):
             return None
         # "model.layers.3.self_attn.attn" is inside of "model.layers.3.self_attn"
         entries = _entries(module, vllm_config)
@@ -596,7 +627,9 @@ def _make_class(architecture: Architecture) -> type[nn.Module]:
         (LinearizedMixin, base),
         {
             "architecture": dataclasses.replace(
-                architecture, layers=architecture.vllm_layers or architecture.layers
+                architecture,
+                layers=architecture.vllm_layers or architecture.layers,
+                attention=architecture.vllm_attention or architecture.attention,
             ),
             "in_transformers": base.__module__.startswith(_TRANSFORMERS_BACKEND),
             "__module__": __name__,

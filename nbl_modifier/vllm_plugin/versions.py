@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nbl_modifier.architectures import Architecture
 
-__all__ = ["TESTED_VLLM", "is_tested", "refuse_float16_as_base", "warn_if_untested"]
+__all__ = [
+    "TESTED_VLLM",
+    "adjust_as_base",
+    "is_tested",
+    "refuse_float16_as_base",
+    "warn_if_untested",
+]
 
 #: (major, minor) of the oldest and the newest vLLM release this plugin is tested with.
 TESTED_VLLM = ((0, 30), (0, 33))
@@ -69,3 +75,19 @@ def refuse_float16_as_base(architecture: Architecture) -> None:
     reasons: dict[str, str] = getattr(model, "_FLOAT16_NOT_SUPPORTED_MODELS", {})
     if architecture.model_type in reasons:
         reasons[architecture.nbl_model_type] = reasons[architecture.model_type]
+
+
+def adjust_as_base(architecture: Architecture) -> None:
+    """
+    Have vLLM adjust its configuration as it does for the base model.
+
+    It knows what to adjust by the name of the model's class (vLLM 0.30 to 0.33,
+    model_executor/models/config.py).
+
+    :param architecture: a family
+    """
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    if architecture.causal_lm in MODELS_CONFIG_MAP:
+        adjust = MODELS_CONFIG_MAP[architecture.causal_lm]
+        MODELS_CONFIG_MAP[architecture.nbl_causal_lm] = adjust

@@ -22,6 +22,7 @@ from nbl_modifier.hf.configuration_nbl import (
     config_class,
     nbl_config_block,
 )
+from tests.tiny_models import THOROUGH
 
 if TYPE_CHECKING:
     from tests.followers import TinyModels
@@ -135,7 +136,7 @@ def test_an_unknown_dtype_is_refused(llama: Path) -> None:
         load_model(str(llama), "float8", random_weights=False)
 
 
-@pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", sorted(THOROUGH))
 def test_every_family_has_a_shape(model_type: str, tiny_models: TinyModels) -> None:
     """Each decoder layer has products, attention and a cache."""
     folder = tiny_models(model_type)

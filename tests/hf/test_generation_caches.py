@@ -37,7 +37,7 @@ from nbl_modifier.hf.modeling_nbl import (
     linearize_attention,
 )
 from tests.tiny_llama import Model
-from tests.tiny_models import VOCAB_SIZE, family_config
+from tests.tiny_models import THOROUGH, VOCAB_SIZE, family_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,7 +154,7 @@ each_cache = pytest.mark.parametrize("make_cache", CACHES, ids=lambda f: f.__nam
 
 
 @each_cache
-@families(*ARCHITECTURES)
+@families(*THOROUGH)
 def test_step_by_step_logits(
     family: str, layers: str, make_cache: Callable[[Model], Cache]
 ) -> None:
@@ -224,7 +224,7 @@ def test_left_padded_batch(family: str, layers: str, kind: str) -> None:
         assert torch.equal(together[row, PROMPT:], alone[0, tokens.shape[1] :])
 
 
-@families(*ARCHITECTURES)
+@families(*THOROUGH)
 def test_continuous_batching(family: str) -> None:
     """The paged cache: requests of several lengths, computed together."""
     model = model_of(family, "most")

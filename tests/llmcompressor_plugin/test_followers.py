@@ -40,6 +40,7 @@ from tests.followers import (
     quip,
 )
 from tests.tiny_llama import compress, linearized, load, logits_of, tensors_in
+from tests.tiny_models import THOROUGH
 
 pytestmark = pytest.mark.usefixtures(
     "one_thread", "pageable_cache", "old_garbage_frozen"
@@ -222,7 +223,7 @@ def test_quip_loads_as_it_does_without_nbl(
     assert unexpected == [{"u_output", "v_input"}] * 2
 
 
-OTHER_FAMILIES = sorted(ARCHITECTURES.keys() - {*FAMILIES, "llava"})
+OTHER_FAMILIES = sorted({*THOROUGH} - {*FAMILIES, "llava"})
 
 
 EXPERTS = ["mixtral", "qwen3_moe"]

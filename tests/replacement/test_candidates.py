@@ -209,9 +209,26 @@ def tiny_stablelm() -> Model:
     return StableLmForCausalLM(config)
 
 
-@pytest.mark.parametrize("make", [tiny_gpt2, tiny_stablelm])
+@pytest.mark.parametrize(
+    ("make", "row"),
+    [
+        (
+            tiny_gpt2,
+            "Architecture('gpt2', 'GPT2LMHeadModel', 'GPT2Model', "
+            "layers='transformer.h', attention='attn', input_norm='ln_1')",
+        ),
+        (
+            tiny_stablelm,
+            "Architecture('stablelm', 'StableLmForCausalLM', 'StableLmModel')",
+        ),
+    ],
+)
 def test_unsupported_architecture(
-    rows: Dataset, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, make: Any
+    rows: Dataset,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    make: Any,
+    row: str,
 ) -> None:
     folder = tmp_path_factory.mktemp("model")
     make().save_pretrained(folder)
@@ -219,6 +236,7 @@ def test_unsupported_architecture(
     message = refused(tmp_path, model, one_layer(), rows, NotImplementedError)
     assert repr(model.config.model_type) in message
     assert f"supported: {', '.join(sorted(ARCHITECTURES))}" in message
+    assert f"By the names in this model it is {row}" in message
 
 
 def test_nothing_left_to_linearize(llama: Path, rows: Dataset, tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""
+What vLLM makes of configurations: a process of its own, in the serve environment.
+
+    python resolve_configurations.py FOLDER...
+
+Prints a JSON object by folder: every field of vLLM's configuration, as text.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+
+def resolved(folder: str) -> dict[str, str]:
+    """Return vLLM's configuration for the model in ``folder``, flat, as text."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(
+        model=folder, skip_tokenizer_init=True, load_format="dummy", enforce_eager=True
+    )
+    config: Any = arguments.create_engine_config()
+    fields: dict[str, str] = {}
+    for part in dataclasses.fields(config):
+        value = getattr(config, part.name)
+        if dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                found = getattr(value, field.name, None)
+                fields[f"{part.name}.{field.name}"] = repr(found)
+    fields["hf_config.model_type"] = config.model_config.hf_config.model_type
+    return fields
+
+
+def main() -> None:
+    """Print what was found."""
+    from vllm.model_executor.models import registry
+
+    # It looks at each model's class in one more process, which would import all again.
+    registry._run_in_subprocess = lambda look: look()
+    found = {folder: resolved(folder) for folder in sys.argv[1:]}
+    print("RESOLVED " + json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

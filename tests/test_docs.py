@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README and docs/: generated parts are up to date, links and names lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nbl_modifier import NBLModifier
+from nbl_modifier.cli import main
+from nbl_modifier.evaluation.texts import stdlib_texts
+from tests.tiny_llama import DEMO_MODEL, load
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+_LINK = re.compile(r"\]\((?!https?://|#)([^)#]+)")
+_SCRIPT = re.compile(r"python ((?:benchmarks|examples|docs)/\w+\.py)")
+
+
+def test_fields_are_those_of_the_class() -> None:
+    """Every public field is described, and the page has what the class says."""
+    generate = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    inherited = set(NBLModifier.__mro__[1].model_fields)  # type: ignore[attr-defined]
+    own = set(NBLModifier.model_fields) - inherited - {"requires_calibration_data"}
+    assert set(generate["described"]()) == own
+    page = generate["PAGE"].read_text(encoding="utf-8")
+    assert generate["replaced"](page) == page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_and_scripts_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in _LINK.findall(text):
+        assert (page.parent / link).exists(), link
+    for script in _SCRIPT.findall(text):
+        assert (ROOT / script).is_file(), script
+
+
+def test_readme_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Python, and its commands up to those that need vLLM, on the bundled model."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "SmolLM2-135M-Instruct").symlink_to(DEMO_MODEL)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    texts = [{"text": text} for text in stdlib_texts("calibration")[:200]]
+    (tmp_path / "calibration.json").write_text(json.dumps(texts), encoding="utf-8")
+    heldout = "\n".join(stdlib_texts("heldout")[:3])
+    (tmp_path / "heldout.txt").write_text(heldout, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (script,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    # few and short, but as they are in all else
+    for number, fewer in (("=128", "=16"), ("=512", "=128")):
+        assert number in script
+        script = script.replace(number, fewer)
+    exec(compile(script, "README.md", "exec"), {})
+    assert (tmp_path / "SmolLM2-NBL8-FP8" / "nbl_report.json").is_file()
+    for block in re.findall(
+        r"```bash\n(nbl (?:compress|rank).*?)```", readme, re.DOTALL
+    ):
+        for command in block.replace("\\\n", " ").strip().splitlines():
+            few = ["--num-samples", "16", "--max-seq-length", "128"]
+            words = shlex.split(command)
+            few = [] if "--statistics" in words else few
+            assert main([*words[1:], *few]) == 0, command
+    assert load(tmp_path / "SmolLM2-NBL").config.nbl_config["layers"]
+
+
+def test_readme_is_short() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 160
