@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes the table of NBLModifier's fields into docs/modifier.md, from its docstring.
+Writes tables into the docs: NBLModifier's fields, from its docstring, and the criteria.
 
     python docs/generate.py
 
-``tests/test_docs.py`` fails if the page differs.
+``tests/test_docs.py`` fails if a page differs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from nbl_modifier import NBLModifier
+from nbl_modifier.criteria import CRITERIA
 
-PAGE = Path(__file__).with_name("modifier.md")
-BEGIN = "<!-- fields: python docs/generate.py -->"
-END = "<!-- end of fields -->"
+BEGIN = "<!-- {}: python docs/generate.py -->"
+END = "<!-- end of {} -->"
 _PARAMETER = re.compile(
     r"^:param (\w+): (.*?)(?=^:param |\Z)", re.MULTILINE | re.DOTALL
 )
@@ -41,8 +41,8 @@ def default(field: Any) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def render() -> str:
-    """Return the table in markdown."""
+def fields() -> str:
+    """Return the table of fields in markdown."""
     lines = ["| field | default | meaning |", "|:---|:---|:---|"]
     for name, meaning in described().items():
         field = NBLModifier.model_fields[name]
@@ -50,16 +50,41 @@ def render() -> str:
     return "\n".join(lines)
 
 
-def replaced(page: str) -> str:
+def criteria() -> str:
+    """Return the table of criteria in markdown."""
+    lines = ["| criterion | lower means | from |", "|---|---|---|"]
+    for name, row in CRITERIA.items():
+        origin = "trials on held-out windows" if row.tried else "statistics"
+        lines.append(f"| `{name}` | {row.lower_means} | {origin} |")
+    return "\n".join(lines)
+
+
+# Page, name between its markers, what makes the table.
+TABLES = (
+    ("modifier.md", "fields", fields),
+    ("selection.md", "criteria", criteria),
+)
+
+
+def replaced(page: str, name: str, table: str) -> str:
     """
     Return the page with the table between its two markers.
 
     :param page: its text
+    :param name: in the markers
+    :param table: in markdown
+    :raises ValueError: if the page has no such markers
     """
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{render()}\n\n{END}{after}"
+    begin, end = BEGIN.format(name), END.format(name)
+    before, found, rest = page.partition(begin)
+    _, also_found, after = rest.partition(end)
+    if not found or not also_found:
+        raise ValueError(f"the page lacks {begin} or {end}. Put them where it goes.")
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for file, name, make in TABLES:
+        path = Path(__file__).with_name(file)
+        page = path.read_text(encoding="utf-8")
+        path.write_text(replaced(page, name, make()), encoding="utf-8")
