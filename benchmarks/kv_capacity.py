@@ -64,8 +64,6 @@ CASES = [
     Case("cohere2", "SSSF" * 2, (0, 1)),
     Case("gemma4_text", "SSSSSF" * 2, ()),
     Case("gemma4_text", "SSSSSF" * 2, (5,)),
-    Case("qwen3_5_text", "RRRF" * 2, ()),
-    Case("qwen3_5_text", "RRRF" * 2, (3,)),
     Case("granitemoehybrid", "RRRF" * 2, ()),
     Case("granitemoehybrid", "RRRF" * 2, (3,)),
 ]
@@ -131,7 +129,6 @@ def serve(folder: str, queue: Any) -> None:
         max_num_batched_tokens=IN_FLIGHT,
         max_num_seqs=4,
         dtype="float32",
-        enable_prefix_caching=False,
     )
     config = engine.llm_engine.vllm_config
     queue.put((config.cache_config.kv_cache_size_tokens, config.max_in_flight_tokens))

@@ -85,12 +85,13 @@ def _later(run: dict[str, Any]) -> list[str]:
     of_features: dict[str, list[str]] = {}
     for family, cells in run["cells"].items():
         for feature in cells:
-            of_features.setdefault(features()[feature], []).append(families()[family])
+            titles = families() | more_families()
+            of_features.setdefault(features()[feature], []).append(titles[family])
     together: dict[str, list[str]] = {}
-    for heading, titles in of_features.items():
-        where = "" if len(titles) == len(families()) else f" ({', '.join(titles)})"
+    for heading, names in of_features.items():
+        where = "" if len(names) == len(families()) else f" ({', '.join(names)})"
         together.setdefault(where, []).append(heading)
-    what = "; ".join(f"{', '.join(names)}{where}" for where, names in together.items())
+    what = "; ".join(f"{', '.join(of)}{where}" for where, of in together.items())
     ran = run["versions"]
     return [
         "",
@@ -110,8 +111,8 @@ def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:
         family, feature = row.cell
         if cells.get(family, {}).get(feature) == "unsupported":
             reason = (features()[feature], row.unsupported)
-            title = (families() | more_families())[family]
-            found.setdefault(reason, []).append(title)
+            named = families() | more_families()
+            found.setdefault(reason, []).append(named[family])
     together: dict[tuple[str, str], list[str]] = {}
     for (heading, message), titles in found.items():
         together.setdefault((", ".join(titles), message), []).append(heading)

@@ -32,6 +32,8 @@ NAMES = {
     "model_config.hf_config_path",
     "model_config.model_arch_config",
 }
+# vLLM's CPU build comes without one that fits its torch.
+NEED_TORCHVISION = {"llava", "qwen3_5_text"}
 
 
 def save(folder: Path, family: str, linearized: bool) -> str:
@@ -58,7 +60,7 @@ def save(folder: Path, family: str, linearized: bool) -> str:
 
 
 def test_every_family_is_configured_as_its_base_model(tmp_path: Path) -> None:
-    families = sorted(ARCHITECTURES.keys() - {"llava"})  # needs a processor
+    families = sorted(ARCHITECTURES.keys() - NEED_TORCHVISION)
     folders = {
         (family, linearized): save(
             tmp_path / f"{family}-{linearized}", family, linearized

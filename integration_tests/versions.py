@@ -190,7 +190,7 @@ def _outcome(result: dict[str, Any]) -> str:
 
 def _ran(result: dict[str, Any]) -> str:
     return (
-        f"{result['date']}, {result['minutes']:g} min, commit {result['commit']}, "
+        f"{result['date']}, commit {result['commit']}, "
         f"Python {result['python']}, torch {result['packages']['torch']}"
     )
 

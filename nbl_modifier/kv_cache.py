@@ -14,11 +14,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Engine", "KVCache", "LayerCache", "format_bytes"]
+__all__ = ["RECURRENT", "Engine", "KVCache", "LayerCache", "format_bytes"]
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-# What a layer keeps one state per sequence for, whatever the length.
-_RECURRENT = ("linear_attention", "mamba", "mamba2")
+#: Kinds of layers that keep one state per sequence, whatever its length.
+RECURRENT = ("linear_attention", "mamba", "mamba2")
 _ATTENTION = ("full_attention", "sliding_attention", "attention", "chunked_attention")
 
 
@@ -31,10 +31,13 @@ class Engine:
     :param in_flight: tokens that may be scheduled at a time, for which a sliding-window
         layer keeps room besides its window: ``max_num_batched_tokens``, times the
         batches in flight. The default is that of a server on a large GPU
+    :param prefix_caching: whether it keeps beginnings of sequences for others to begin
+        with, for which a recurrent layer needs more than one state
     """
 
     block_size: int = 16
     in_flight: int = 8192
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,13 @@ class LayerCache:
     :param bytes_per_token: keys and values of one token, 0 of a recurrent layer
     :param window: tokens that it keeps at most, None: all
     :param state: bytes of a recurrent layer's state, whatever the length
+    :param num_states: how many of them it keeps where prefixes are cached
     """
 
     bytes_per_token: float
     window: int | None = None
     state: float = 0.0
+    num_states: int = 1
 
     @property
     def description(self) -> str:
@@ -67,19 +72,19 @@ class LayerCache:
         kept = length if self.window is None else min(length, self.window)
         return self.state + kept * self.bytes_per_token
 
-    def blocks(self, length: int, block_size: int, in_flight: int) -> int:
+    def blocks(self, length: int, block_size: int, engine: Engine) -> int:
         """
         Return how many blocks a sequence takes of vLLM's pool.
 
         :param length: its tokens
         :param block_size: tokens of this layer in a block
-        :param in_flight: as in :class:`Engine`
+        :param engine: what else decides
         """
         if self.state:
-            return 1
+            return self.num_states if engine.prefix_caching else 1
         if self.window is None:
             return math.ceil(length / block_size)
-        kept = min(self.window - 1 + in_flight, length)
+        kept = min(self.window - 1 + engine.in_flight, length)
         return math.ceil(kept / block_size) + 1  # a window begins inside of a block
 
 
@@ -197,7 +202,7 @@ class KVCache:
         page = max(kind.state or block_size * kind.bytes_per_token for kind in counts)
 
         def blocks(kind: LayerCache, tokens: int) -> int:
-            return kind.blocks(length, tokens, engine.in_flight)
+            return kind.blocks(length, tokens, engine)
 
         if len({(kind.window, kind.state) for kind in counts}) == 1:
             tokens = sum(n * kind.bytes_per_token for kind, n in counts.items())
@@ -308,19 +313,19 @@ def _kinds(config: Mapping[str, Any]) -> list[str]:
             f"config.json: layer_types has {len(kinds)} of {count} layers, so it is "
             "not known which were sliding."
         )
-    unknown = set(kinds) - {*_RECURRENT, *_ATTENTION}
+    unknown = set(kinds) - {*RECURRENT, *_ATTENTION}
     if unknown:
         raise ValueError(
             f"config.json: layer_types has {', '.join(sorted(unknown))}, whose size is "
-            f"not known here (known: {', '.join(_ATTENTION + _RECURRENT)})."
+            f"not known here (known: {', '.join(_ATTENTION + RECURRENT)})."
         )
     return kinds
 
 
 def _layer(config: Mapping[str, Any], kind: str, bits: int) -> LayerCache:
     """Return what a layer of a kind keeps; ``config`` is as it is for this layer."""
-    if kind in _RECURRENT:
-        return LayerCache(0.0, None, _state(config, bits))
+    if kind in RECURRENT:
+        return LayerCache(0.0, None, *_state(config, bits))
     if config.get("kv_lora_rank"):  # one latent vector, and a key of positions
         width = config["kv_lora_rank"] + config.get("qk_rope_head_dim", 0)
         return LayerCache(width * bits / 8)
@@ -337,9 +342,11 @@ def _layer(config: Mapping[str, Any], kind: str, bits: int) -> LayerCache:
     return LayerCache(2 * kv_heads * head_dim * bits / 8, window)
 
 
-def _state(config: Mapping[str, Any], bits: int) -> float:
+def _state(config: Mapping[str, Any], bits: int) -> tuple[float, int]:
     """
-    Return the bytes of a recurrent layer's state: of its convolution, and its matrix.
+    Return the bytes of a recurrent layer's state, and how many cached prefixes take.
+
+    It is what its convolution remembers, and its matrix.
 
     :raises ValueError: if it is neither a gated delta net nor a Mamba 2
     """
@@ -359,7 +366,9 @@ def _state(config: Mapping[str, Any], bits: int) -> float:
             f"config.json: no {err.args[0]}, so the size of a recurrent layer's state "
             "is not known here."
         ) from None
-    return float((taps - 1) * channels * bits / 8 + matrix)
+    # vLLM can go back to where the prompt of a Mamba 2 ended, which is one state more
+    num_states = 2 if "linear_num_value_heads" in config else 3
+    return (taps - 1) * channels * bits / 8 + matrix, num_states
 
 
 def format_bytes(size: float) -> str:

@@ -9,7 +9,7 @@ import transformers
 
 from nbl_modifier.architectures import ARCHITECTURES, Architecture, architecture_of
 from tests.tiny_llama import load
-from tests.tiny_models import save_tiny
+from tests.tiny_models import save_tiny, with_attention
 
 ROWS = pytest.mark.parametrize(
     "row", ARCHITECTURES.values(), ids=lambda r: r.model_type
@@ -51,7 +51,8 @@ def test_paths_lead_to_attention_and_norms(row: Architecture, tmp_path: Path) ->
     assert type(model.base_model).__name__ == row.base_model
     layers = model.get_submodule(row.layers)
     assert len(layers) == 4
-    for index, layer in enumerate(layers):
+    for index in with_attention(row.model_type, len(layers)):
+        layer = layers[index]
         attention = model.get_submodule(row.attention_name(index))
         assert attention is layer.get_submodule(row.attention)
         assert "o_proj" in dict(attention.named_children())

@@ -72,7 +72,7 @@ LAYERS = {
         lazy="transformers datasets lm_eval tqdm",
     ),
     "benchmark": Layer(
-        ours="records hf architectures",
+        ours="records hf architectures kv_cache",
         packages="torch",
         lazy="transformers vllm",
     ),

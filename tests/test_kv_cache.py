@@ -118,7 +118,7 @@ def sliding(full: int, other: int, window: int, per_token: float = 4096) -> KVCa
 
 
 # 48 value heads of 128 x 128 in float32, and what a convolution remembers.
-GATED_DELTA_NET = LayerCache(0, None, 48 * 128 * 128 * 4 + 3 * 10240 * 2)
+GATED_DELTA_NET = LayerCache(0, None, 48 * 128 * 128 * 4 + 3 * 10240 * 2, 2)
 SHAPES = {
     "Gemma-2-9B": sliding(21, 21, 4096),
     "Gemma-3-27B": sliding(10, 52, 1024),
@@ -150,7 +150,8 @@ def test_sequences_that_fit_as_vllm_0_33_computes_them(
     model: str, full: int, other: int, at_8k: float, at_128k: float | None
 ) -> None:
     """
-    Times as many as before, by vLLM's own functions, which were run for these shapes.
+    Times as many as before, by vLLM's own functions, which were run for these shapes,
+    without a prefix cache.
 
     Their figures are rounded to two digits, those below 1 and of Gemma 2 to three.
     """
@@ -159,7 +160,8 @@ def test_sequences_that_fit_as_vllm_0_33_computes_them(
     cache = base.without([*range(full), *range(first, first + other)])
     for length, expected in ((8192, at_8k), (131072, at_128k)):
         if expected is not None:
-            found = base.allotted(length) / cache.allotted(length)
+            engine = Engine(prefix_caching=False)
+            found = base.allotted(length, engine) / cache.allotted(length, engine)
             assert found == pytest.approx(expected, abs=0.006)
 
 
@@ -185,7 +187,17 @@ def test_recurrent_state_of_published_shapes() -> None:
     }
     kinds = ["mamba", "attention"] * 16
     first = KVCache.from_config(LLAMA | granite | {"layer_types": kinds}).layers[0]
-    assert first == LayerCache(0, None, 3 * (8192 + 512) * 2 + 8192 * 256 * 2)
+    assert first == LayerCache(0, None, 3 * (8192 + 512) * 2 + 8192 * 256 * 2, 3)
+
+
+def test_cached_prefixes_take_more_states() -> None:
+    """A full layer, two of Mamba 2: 2 blocks of 128 tokens, 3 of each state."""
+    per_token = 4096.0
+    state = LayerCache(0, None, 100 * per_token, 3)
+    cache = KVCache((LayerCache(per_token), state, state), 16)
+    page = 128 * per_token
+    assert cache.plan(256, Engine(128)) == (page, 2 + 3 + 3)
+    assert cache.plan(256, Engine(128, prefix_caching=False)) == (page, 2 + 1 + 1)
 
 
 def test_layers_of_one_kind_are_allotted_what_they_keep_in_whole_blocks() -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nbl_modifier.kv_cache import RECURRENT
+
 from .roofline import AttentionShape, ModelShape, Product
 
 if TYPE_CHECKING:
@@ -270,7 +272,7 @@ def _attentions(config: Any, linearized: tuple[int, ...]) -> tuple[AttentionShap
             window=window if kinds[index] == "sliding_attention" else None,
         )
         for index in range(config.num_hidden_layers)
-        if index not in linearized
+        if index not in linearized and kinds[index] not in RECURRENT
     )
 
 

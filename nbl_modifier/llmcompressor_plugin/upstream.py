@@ -278,11 +278,11 @@ def fuse_experts(model: PreTrainedModel) -> None:
         if not isinstance(experts, GptOssLinearExperts) or quantized:
             continue
         like = next(experts.parameters())
-        make: Any = experts._source_experts_cls
-        fused: Any = make(experts._source_config)
+        made_of: Any = experts
+        fused: Any = made_of._source_experts_cls(made_of._source_config)
         fused.to(device=like.device, dtype=like.dtype)
-        for index, expert in enumerate(experts):
-            parts: Any = expert
+        for index in range(experts.num_experts):
+            parts: Any = experts[index]
             gate, up, down = parts.gate_proj, parts.up_proj, parts.down_proj
             # by turns: even columns are the gate's
             weight = torch.stack([gate.weight, up.weight], dim=1).flatten(0, 1)

@@ -22,10 +22,13 @@ from nbl_modifier.hf.configuration_nbl import (
     config_class,
     nbl_config_block,
 )
-from tests.tiny_models import THOROUGH
+from tests.tiny_models import THOROUGH, with_attention
 
 if TYPE_CHECKING:
     from tests.followers import TinyModels
+
+
+HYBRIDS = ["granitemoehybrid", "qwen3_5_text"]
 
 
 def by_name(folder: Path | str, **kwargs: Any) -> dict[str, tuple[float, ...]]:
@@ -136,12 +139,13 @@ def test_an_unknown_dtype_is_refused(llama: Path) -> None:
         load_model(str(llama), "float8", random_weights=False)
 
 
-@pytest.mark.parametrize("model_type", sorted(THOROUGH))
+@pytest.mark.parametrize("model_type", [*sorted(THOROUGH), *HYBRIDS])
 def test_every_family_has_a_shape(model_type: str, tiny_models: TinyModels) -> None:
-    """Each decoder layer has products, attention and a cache."""
+    """Each decoder layer has products and, unless it is recurrent, attention."""
     folder = tiny_models(model_type)
     model = load_model(str(folder), "auto", random_weights=False)
-    assert len(model.shape.attentions) == model.num_layers
+    with_cache = with_attention(model_type, model.num_layers)
+    assert len(model.shape.attentions) == len(with_cache)
     assert model.shape.cache_bytes(8) > 0
     for index in range(model.num_layers):
         assert any(f"layers.{index}." in p.name for p in model.shape.products)
