@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes tables into the docs: NBLModifier's fields, from its docstring, and the criteria.
+Writes tables into the docs: NBLModifier's fields, from its docstring, the criteria, and
+in CONTRIBUTING.md the folders, from their docstrings and the import contract.
 
     python docs/generate.py
 
@@ -9,14 +10,18 @@ Writes tables into the docs: NBLModifier's fields, from its docstring, and the c
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
 from nbl_modifier import NBLModifier
 from nbl_modifier.criteria import CRITERIA
 
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "nbl_modifier"
 BEGIN = "<!-- {}: python docs/generate.py -->"
 END = "<!-- end of {} -->"
 _PARAMETER = re.compile(
@@ -59,8 +64,29 @@ def criteria() -> str:
     return "\n".join(lines)
 
 
+def layers() -> str:
+    """Return the table of folders and modules, top to bottom, in markdown."""
+    contract = runpy.run_path(str(ROOT / "tests" / "test_import_contract.py"))
+    lines = ["| | what | uses | packages | inside functions |", "|---|---|---|---|---|"]
+    for name, layer in contract["LAYERS"].items():
+        if name == "__init__":
+            continue
+        folder = PACKAGE / name / "__init__.py"
+        path = folder if folder.exists() else PACKAGE / f"{name}.py"
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        what = " ".join(text.split("\n\n")[0].split())
+        names = (_codes(each) for each in (layer.ours, layer.packages, layer.lazy))
+        lines.append(f"| `{name}` | {what} | " + " | ".join(names) + " |")
+    return "\n".join(lines)
+
+
+def _codes(names: str) -> str:
+    return ", ".join(f"`{name}`" for name in names.split())
+
+
 # Page, name between its markers, what makes the table.
 TABLES = (
+    ("../CONTRIBUTING.md", "layers", layers),
     ("modifier.md", "fields", fields),
     ("selection.md", "criteria", criteria),
 )
@@ -85,6 +111,6 @@ def replaced(page: str, name: str, table: str) -> str:
 
 if __name__ == "__main__":
     for file, name, make in TABLES:
-        path = Path(__file__).with_name(file)
+        path = ROOT / "docs" / file
         page = path.read_text(encoding="utf-8")
         path.write_text(replaced(page, name, make()), encoding="utf-8")
