@@ -37,6 +37,7 @@ from nbl_modifier.architectures import architecture_of
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.forward import PartialForward
 from nbl_modifier.calibration.passes import Passes
+from nbl_modifier.criteria import CRITERIA, TRIED
 from nbl_modifier.evaluation import PerplexityResult
 from nbl_modifier.evaluation.texts import pack, stdlib_texts
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
@@ -44,10 +45,8 @@ from nbl_modifier.layer_statistics.windows import Batch, Windows, held_out_batch
 from nbl_modifier.replacement.surgery import Replacement
 from nbl_modifier.search.budget import Budget
 from nbl_modifier.search.distillation import Distillation
-from nbl_modifier.search.path import TRIED, Search
+from nbl_modifier.search.path import Search
 from nbl_modifier.search.trials import Trials
-
-CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl", "kl_angle")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ vLLM imports this file in every worker: standard library only, the rest on first
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["NBLModifier", "__version__"]
+__all__ = ["NBLModifier", "__version__", "register"]
 
 _MODULES = {"NBLModifier": ".llmcompressor_plugin.modifier"}
 _COMPRESS_PACKAGES = {"compressed_tensors", "llmcompressor", "loguru", "pydantic"}
@@ -44,6 +45,18 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def register() -> None:
+    """
+    Make transformers load linearized checkpoints, and recipes know ``NBLModifier``.
+
+    The latter where llm-compressor is installed. vLLM needs no call: it finds its
+    plugin by itself. Safe to call again.
+    """
+    import_module(".hf", __name__).register()
+    if find_spec("llmcompressor") is not None:
+        import_module(_MODULES["NBLModifier"], __name__)
 
 
 def __dir__() -> list[str]:

@@ -38,7 +38,7 @@ class Layer:
 LAYERS = {
     "cli": Layer(
         ours="llmcompressor_plugin benchmark evaluation report records numerics hf"
-        " architectures",
+        " architectures criteria",
         lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru"
         " yaml vllm lm_eval safetensors",
     ),
@@ -56,7 +56,7 @@ LAYERS = {
         packages="compressed_tensors loguru torch transformers",
     ),
     "calibration": Layer(
-        ours="replacement layer_statistics numerics hf architectures",
+        ours="replacement layer_statistics numerics hf architectures criteria",
         packages="loguru torch tqdm transformers",
     ),
     "replacement": Layer(
@@ -76,7 +76,7 @@ LAYERS = {
         packages="torch",
         lazy="transformers vllm",
     ),
-    "report": Layer(ours="records kv_cache", lazy="matplotlib"),
+    "report": Layer(ours="records criteria kv_cache", lazy="matplotlib"),
     "vllm_plugin": Layer(ours="hf architectures", packages="vllm torch transformers"),
     "records": Layer(),
     "hf": Layer(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nbl_modifier import numerics
 from nbl_modifier.architectures import Architecture
+from nbl_modifier.criteria import CRITERIA
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.layer_statistics.moments import (
     HeldoutStatistics,
@@ -187,7 +188,9 @@ class Calibration:
 
     def scores(self) -> dict[int, float]:
         """Return the criterion's value by layer index, lower is more linear."""
-        return {i: getattr(m, self._criterion) for i, m in self.measured.items()}
+        criterion = CRITERIA[self._criterion]
+        scores = {i: criterion.of(m) for i, m in self.measured.items()}
+        return {i: score for i, score in scores.items() if score is not None}
 
     def watch(
         self,

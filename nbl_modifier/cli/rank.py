@@ -29,7 +29,6 @@ example:
   nbl rank meta-llama/Llama-3.1-8B --dataset c4 --save-statistics stats
   nbl rank meta-llama/Llama-3.1-8B --statistics stats --criterion nmse
 """
-_CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl", "kl_angle")
 
 
 def add_parser(commands: Any) -> None:
@@ -38,6 +37,9 @@ def add_parser(commands: Any) -> None:
 
     :param commands: what ``ArgumentParser.add_subparsers`` returned
     """
+    from nbl_modifier.criteria import CRITERIA
+
+    criteria = tuple(CRITERIA)
     parser = commands.add_parser(
         "rank",
         help="measure and rank the layers, change nothing",
@@ -57,9 +59,9 @@ def add_parser(commands: Any) -> None:
     )
     add(
         "--criterion",
-        choices=_CRITERIA,
-        default=_CRITERIA[0],
-        help=f"what to rank by (default: {_CRITERIA[0]})",
+        choices=criteria,
+        default=criteria[0],
+        help=f"what to rank by (default: {criteria[0]})",
     )
     add(
         "--kind",

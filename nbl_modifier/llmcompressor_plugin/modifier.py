@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from llmcompressor.args import DatasetArguments
@@ -30,7 +30,7 @@ from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.cost import Cost, Progress, Settings, duration
 from nbl_modifier.calibration.progress import ProgressLine, cost_of, num_windows
-from nbl_modifier.criteria import TRIED
+from nbl_modifier.criteria import CRITERIA, TRIED
 from nbl_modifier.hf.checkpoint import check_output_directory, convert_in_place
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer, NBLConfigMixin
 from nbl_modifier.hf.modeling_nbl import decoder_layers
@@ -57,7 +57,7 @@ from nbl_modifier.search.budget import (
     frees_nothing,
 )
 from nbl_modifier.search.distillation import FEW_WINDOWS, RATES
-from nbl_modifier.search.path import Outcome, find_replacements
+from nbl_modifier.search.path import Effect, Outcome, find_replacements
 
 from . import saving, smoothing
 from .followers import Followers, refuse_earlier
@@ -75,6 +75,12 @@ from .upstream import (
 )
 
 __all__ = ["NBLModifier"]
+
+# Read from the rows, so that a new criterion is known here by itself.
+if TYPE_CHECKING:
+    CriterionName = str
+else:
+    CriterionName = Literal[tuple(CRITERIA)]
 
 # Fields that a preset sets; how they were found is in docs/selection.md.
 _PRESETS: dict[str | None, dict[str, Any]] = {
@@ -189,9 +195,7 @@ class NBLModifier(Modifier):
     )
     targets: list[str] | None = None
     ignore: list[str] = Field(default_factory=list)
-    criterion: Literal[
-        "cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl", "kl_angle"
-    ] = "cca_bound"
+    criterion: CriterionName = "cca_bound"
     selection: Literal["one_shot", "greedy"] = "one_shot"
     refit: bool = False
     distill_epochs: int = Field(default=0, ge=0)
@@ -835,7 +839,7 @@ class NBLModifier(Modifier):
                 selected=choice.selected,
                 reason=choice.reason,
                 **dataclasses.asdict(measured[choice.index]),
-                **dict[str, Any](outcome.trials.get(choice.index, {})),
+                **_figures_of(outcome.trials.get(choice.index)),
             )
             for choice in explain(
                 outcome.order,
@@ -906,3 +910,11 @@ ModifierFactory.register("NBLModifier", NBLModifier)
 saving.register()
 smoothing.register()
 observe_queries()
+
+
+def _figures_of(effect: Effect | None) -> dict[str, Any]:
+    """Return the fields of a layer's record that its trial gives."""
+    if effect is None:
+        return {}
+    kl_angle = CRITERIA["kl_angle"].of(effect)
+    return {"loss": effect.loss, "kl": effect.kl, "kl_angle": kl_angle}

@@ -9,7 +9,9 @@ something was left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 
+from nbl_modifier.criteria import CRITERIA
 from nbl_modifier.records.compression import NBLReport
 
 from .blocks import Code, FigureItem, Item, Section, Table, Text, code
@@ -18,23 +20,10 @@ from .comparisons import quality, quality_against_kv_cache, quality_against_spee
 from .kv_tables import kv_cache_section
 from .methods_section import methods_section
 from .plots import correlations_figure, quantile_of, ranking_figure
+from .tables import Column, measured_columns
 
 __all__ = ["group_sections"]
 
-# Fields of LayerResult that a ranking can follow, lowest first.
-_CRITERIA = ("cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl", "kl_angle")
-# Columns of the ranking: field and format, where it was measured.
-_MEASURED = {
-    "bound": ("cca_bound", ".3f"),
-    "NMSE": ("nmse", ".4f"),
-    "held-out NMSE": ("heldout_nmse", ".4f"),
-    "residual NMSE": ("residual_nmse", ".5f"),
-    "cosine": ("cosine", ".5f"),
-    "loss": ("loss", ".5f"),
-    "KL": ("kl", ".5f"),
-    "KL x angle": ("kl_angle", ".6f"),
-    "score": ("score", ".5g"),
-}
 _NO_CORRELATIONS = (
     "Not stored in this report: they cost many times what the ranking does. "
     "`NBLModifier: {canonical_correlations: true}` in the recipe stores them."
@@ -132,19 +121,17 @@ def _ranking(checkpoint: Checkpoint) -> Iterator[Item]:
         f"Bound and NMSE of every measured layer; numbers above the bars are places in "
         f"the ranking by {report.criterion}.",
     )
-    columns = {
-        name: (field, digits)
-        for name, (field, digits) in _MEASURED.items()
-        if any(getattr(layer, field) is not None for layer in report.layers)
-    }
+    columns = [
+        *measured_columns(report, fine=True),
+        Column("score", attrgetter("score"), ".5g"),
+    ]
     rows = []
     for layer in report.ranking:
-        values = ((getattr(layer, field), digits) for field, digits in columns.values())
-        cells = ("" if value is None else f"{value:{d}}" for value, d in values)
+        cells = (column.cell(layer) for column in columns)
         replaced = "yes" if layer.selected else ""
         rows.append((str(layer.rank), str(layer.index), *cells, replaced))
     marked = (i for i, layer in enumerate(report.ranking) if layer.selected)
-    header = ("rank", "layer", *columns, "replaced")
+    header = ("rank", "layer", *(each.heading for each in columns), "replaced")
     yield Table(header, rows, frozenset(marked), is_detail=True)
 
 
@@ -153,9 +140,10 @@ def _criteria(checkpoint: Checkpoint) -> Iterator[Item]:
     replaced = {layer.index for layer in report.layers if layer.selected}
     rows: list[tuple[str, ...]] = []
     marked: set[int] = set()
-    for name in _CRITERIA:
-        scores = {layer.index: getattr(layer, name, None) for layer in report.layers}
-        if any(score is None for score in scores.values()):
+    for name, criterion in CRITERIA.items():
+        found = {layer.index: criterion.of(layer) for layer in report.layers}
+        scores = {i: score for i, score in found.items() if score is not None}
+        if len(scores) < len(found):
             continue
         order = sorted(scores, key=lambda index: (scores[index], index))
         first = sorted(order[: len(replaced)])

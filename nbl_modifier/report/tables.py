@@ -1,23 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ranking as text: plain for a terminal or a log, markdown for a model card."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 
-from nbl_modifier.records.compression import HeldoutResult, NBLReport
+from nbl_modifier.criteria import CRITERIA
+from nbl_modifier.records.compression import HeldoutResult, LayerResult, NBLReport
 
-# The columns, and how a value is written; those without a value anywhere are left out.
-_COLUMNS: dict[str, tuple[str, str]] = {
-    "rank": ("rank", ""),
-    "layer": ("index", ""),
-    "bound": ("cca_bound", ".3f"),
-    "NMSE": ("nmse", ".4f"),
-    "held-out NMSE": ("heldout_nmse", ".4f"),
-    "residual NMSE": ("residual_nmse", ".5f"),
-    "loss": ("loss", "+.4f"),
-    "KL": ("kl", ".4f"),
-    "KL x angle": ("kl_angle", ".5f"),
-    "tokens": ("num_tokens", ","),
-}
+__all__ = ["Column", "markdown_table", "measured_columns", "ranking_table"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """
+    A column of the ranking.
+
+    :param heading: its name
+    :param of: gives a layer's value; None: it has none
+    :param digits: how a value is written
+    """
+
+    heading: str
+    of: Callable[[LayerResult], float | None]
+    digits: str
+
+    def cell(self, layer: LayerResult) -> str:
+        """Return a layer's value as text, empty if it has none."""
+        value = self.of(layer)
+        return "" if value is None else format(value, self.digits)
+
+
+def measured_columns(report: NBLReport, fine: bool = False) -> list[Column]:
+    """
+    Return a column for everything that was measured in a run.
+
+    :param report: the run
+    :param fine: with all digits, and what a terminal has no room for
+    """
+    columns = []
+    for criterion in CRITERIA.values():
+        digits = criterion.fine_digits if fine else criterion.digits
+        if digits:
+            columns.append(Column(criterion.heading, criterion.of, digits))
+        if criterion.name == "nmse":
+            heldout = attrgetter("heldout_nmse")
+            columns.append(Column("held-out NMSE", heldout, digits))
+    layers = report.layers
+    return [c for c in columns if any(c.of(each) is not None for each in layers)]
 
 
 def ranking_table(report: NBLReport) -> str:
@@ -56,19 +86,16 @@ def markdown_table(report: NBLReport) -> str:
 def _cells(report: NBLReport) -> list[list[str]]:
     """Return the table, its header first."""
     columns = [
-        (header, name, form)
-        for header, (name, form) in _COLUMNS.items()
-        if any(getattr(layer, name) is not None for layer in report.layers)
+        Column("rank", attrgetter("rank"), ""),
+        Column("layer", attrgetter("index"), ""),
+        *measured_columns(report),
+        Column("tokens", attrgetter("num_tokens"), ","),
     ]
-    rows = [[*(header for header, _, _ in columns), "replaced"]]
+    rows = [[*(column.heading for column in columns), "replaced"]]
     for layer in report.ranking:
-        cells = [_cell(getattr(layer, name), form) for _, name, form in columns]
+        cells = [column.cell(layer) for column in columns]
         rows.append([*cells, "yes" if layer.selected else ""])
     return rows
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:

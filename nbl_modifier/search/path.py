@@ -17,7 +17,7 @@ from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.cost import Progress
 from nbl_modifier.calibration.forward import PartialForward
 from nbl_modifier.calibration.passes import Passes
-from nbl_modifier.criteria import TRIED
+from nbl_modifier.criteria import CRITERIA
 from nbl_modifier.evaluation.perplexity import PerplexityResult
 from nbl_modifier.layer_statistics.windows import Windows
 from nbl_modifier.records.compression import HeldoutResult
@@ -27,7 +27,7 @@ from .budget import Budget
 from .distillation import Distillation
 from .trials import Trial, Trials
 
-__all__ = ["TRIED", "Outcome", "Search", "find_replacements"]
+__all__ = ["Effect", "Outcome", "Search", "find_replacements"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,39 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Effect:
+    """
+    What one more replacement does to the model, on held-out windows.
+
+    :param loss: increase of the mean negative log-likelihood, in nats per token; None
+        if it is not finite
+    :param kl: increase of the divergence of the next-token distributions from the
+        original model's, in nats per token; None if it is not finite
+    :param cosine: of the layer, see :class:`Measurement`
+    """
+
+    loss: float | None
+    kl: float | None
+    cosine: float
+
+    @classmethod
+    def of(cls, trial: Trial, before: Trial, cosine: float) -> Effect:
+        """
+        Return the difference of two trials.
+
+        :param trial: of the model with the replacement
+        :param before: without it
+        :param cosine: of the layer
+        """
+        loss, kl = trial.loss.nll_mean - before.loss.nll_mean, trial.kl - before.kl
+        return cls(
+            loss if math.isfinite(loss) else None,
+            kl if math.isfinite(kl) else None,
+            cosine,
+        )
+
+
+@dataclass(frozen=True)
 class Outcome:
     """
     What a search found.
@@ -57,7 +90,7 @@ class Outcome:
     :param binding: the limit that ended the path, in words
     :param unfit: why a layer could not be chosen whatever its rank, by index
     :param trials: what was measured on held-out windows with one layer replaced alone,
-        by decoder layer index and criterion, see :data:`TRIED`; None: not finite
+        by decoder layer index
     :param heldout: perplexities on held-out windows, if there are any
     """
 
@@ -66,7 +99,7 @@ class Outcome:
     replacements: dict[int, Replacement]
     binding: str
     unfit: dict[int, str]
-    trials: dict[int, dict[str, float | None]]
+    trials: dict[int, Effect]
     heldout: HeldoutResult | None
 
 
@@ -74,7 +107,7 @@ class Search:
     """
     Rank candidates and take the best ones until the budget is used up.
 
-    :param criterion: a field of :class:`Measurement`, or one of :data:`TRIED`
+    :param criterion: a key of :data:`CRITERIA`
     :param budget: when to stop
     :param trials: losses on held-out windows; None if neither criterion nor budget asks
     """
@@ -82,7 +115,7 @@ class Search:
     def __init__(
         self, criterion: str, budget: Budget, trials: Trials | None = None
     ) -> None:
-        self._criterion = criterion
+        self._criterion = CRITERIA[criterion]
         self._budget = budget
         self._trials = trials
         # Layers whose loss was not finite when they were tried, and what it was.
@@ -122,7 +155,7 @@ class Search:
         :param calibration: of all candidates, on the original model
         :param passes: measure the candidates that are left
         """
-        if self._criterion in TRIED:
+        if self._criterion.tried:
             return self._lazily_greedy(calibration)
         scores = self._scores(calibration, {}, self._base)
         chosen: dict[int, Replacement] = {}
@@ -255,7 +288,7 @@ class Search:
         figures, heldout = {}, None
         if self._base is not None and self._trials is not None:
             figures = {
-                i: _figures(trial, self._base, calibration.measured[i].cosine)
+                i: Effect.of(trial, self._base, calibration.measured[i].cosine)
                 for i, trial in trials.items()
             }
             final = taken[-1].loss or self._trials.loss(replacements)
@@ -273,7 +306,7 @@ class Search:
     def _try(
         self, calibration: Calibration, given: Mapping[int, Replacement]
     ) -> dict[int, Trial]:
-        if self._criterion not in TRIED:
+        if not self._criterion.tried:
             return {}
         assert self._trials is not None
         return self._trials.single(calibration.replacements, given)
@@ -284,14 +317,13 @@ class Search:
         trials: Mapping[int, Trial],
         before: Trial | None,
     ) -> dict[int, float]:
-        if self._criterion not in TRIED:
-            measured = calibration.measured.items()
-            return {i: getattr(m, self._criterion) for i, m in measured}
+        if not self._criterion.tried:
+            return calibration.scores()
         assert before is not None
         scores: dict[int, float] = {}
         for index, trial in trials.items():
             cosine = calibration.measured[index].cosine
-            score = _figures(trial, before, cosine)[self._criterion]
+            score = self._criterion.of(Effect.of(trial, before, cosine))
             scores[index] = math.inf if score is None else score
             if score is None:
                 self._set_aside(index, trial.loss)
@@ -350,7 +382,7 @@ class Search:
                     "NBL: layer {} is number {} by {}, held-out perplexity {:.3f}",
                     step.index,
                     len(taken),
-                    self._criterion,
+                    self._criterion.name,
                     step.loss.perplexity,
                 )
         return taken, budget.reason
@@ -391,27 +423,10 @@ class Search:
         return ValueError(
             "NBLModifier.max_perplexity_increase: no layer fits the budget "
             f"{self._budget.max_perplexity_increase}; replacing the first one by "
-            f"{self._criterion}, layer {step.index}, raises perplexity on held-out "
-            f"windows by {self._increase(step):.4g} times the base model's. Allow at "
-            "least that, choose another criterion, or give num_layers instead."
+            f"{self._criterion.name}, layer {step.index}, raises perplexity on "
+            f"held-out windows by {self._increase(step):.4g} times the base model's. "
+            "Allow at least that, choose another criterion, or give num_layers instead."
         )
-
-
-def _figures(trial: Trial, before: Trial, cosine: float) -> dict[str, float | None]:
-    """
-    Return the values of the criteria in :data:`TRIED`, of one more replacement.
-
-    None where one is not finite.
-    """
-    kl = trial.kl - before.kl
-    figures = {
-        "loss": trial.loss.nll_mean - before.loss.nll_mean,
-        "kl": kl,
-        "kl_angle": kl * math.acos(max(-1.0, 1.0 - cosine)),
-    }
-    return {
-        name: value if math.isfinite(value) else None for name, value in figures.items()
-    }
 
 
 _NOT_FINITE = (

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The card says what the checkpoint is and how to load it, and gives no path away."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_card_without_recipe_and_evaluation() -> None:
 
 def test_all_layers_replaced_divides_by_nothing() -> None:
     card = model_card(make_report(selected_layers=[0, 1, 2, 3]), NAME, None)
-    assert "0 of 4 layers keep one, 0.0 %" in card
+    assert re.search(r"0 of 4 layers keep one; .*: 0\.0 %", card)
 
 
 @pytest.mark.parametrize(
