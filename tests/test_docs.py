@@ -76,6 +76,18 @@ def test_readme_does_what_it_says(
     assert load(tmp_path / "SmolLM2-NBL").config.nbl_config["layers"]
 
 
+def test_results_are_the_measured_ones() -> None:
+    """The rows of the real model on the page, and their numbers in README."""
+    folder = ROOT / "benchmarks" / "results" / "smollm2"
+    measured = (folder / "table.md").read_text(encoding="utf-8")
+    table = re.findall(r"(?:^\|.*\n)+", measured, re.MULTILINE)[0]
+    assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    numbers = re.findall(r"\d\.\d{4} ± \d\.\d{4}", readme)
+    assert len(numbers) == 6
+    assert all(number in table for number in numbers)
+
+
 def test_readme_is_short() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 160
