@@ -2,8 +2,8 @@
 """
 Files that version 0.1 wrote (commit 0f3852f) work unchanged.
 
-``data/v0_1`` has a random Llama of three layers, its checkpoint with one layer replaced,
-the statistics of that run, and logits that 0.1 computed with the checkpoint.
+``data/v0_1`` has a random Llama of three layers, its checkpoint with one layer
+replaced, the statistics of that run, and logits that 0.1 computed with the checkpoint.
 """
 
 from __future__ import annotations
