@@ -42,8 +42,9 @@ LAYERS = {
         lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru"
         " yaml vllm lm_eval safetensors",
     ),
-    # Where NBLModifier was in 0.1.
+    # Where NBLModifier and calibration texts were in 0.1.
     "modifier": Layer(ours="llmcompressor_plugin"),
+    "data": Layer(ours="evaluation"),
     "llmcompressor_plugin": Layer(
         ours="search calibration replacement layer_statistics report records numerics"
         " hf architectures criteria kv_cache",

@@ -3,21 +3,29 @@
 import subprocess
 import sys
 
+import pytest
 
-def test_old_import_of_the_modifier_warns_and_works() -> None:
+
+@pytest.mark.parametrize(
+    ("old", "name", "new"),
+    [
+        ("nbl_modifier.modifier", "NBLModifier", "nbl_modifier"),
+        ("nbl_modifier.data", "stdlib_texts", "nbl_modifier.evaluation.texts"),
+        ("nbl_modifier.data", "pack", "nbl_modifier.evaluation.texts"),
+    ],
+)
+def test_old_imports_warn_and_work(old: str, name: str, new: str) -> None:
     result = subprocess.run(
         [
             *(sys.executable, "-c"),
-            "import nbl_modifier.modifier as old\n"
-            "from nbl_modifier import NBLModifier\n"
-            "print(old.NBLModifier is NBLModifier)",
+            f"from {old} import {name} as old\n"
+            f"from {new} import {name} as new\n"
+            "print(old is new)",
         ],
         capture_output=True,
         text=True,
         check=True,
     )
     assert result.stdout.splitlines()[-1] == "True"
-    assert "FutureWarning: nbl_modifier.modifier is going to be removed" in (
-        result.stderr
-    )
-    assert "from nbl_modifier import NBLModifier" in result.stderr
+    assert f"FutureWarning: {old} is going to be removed" in result.stderr
+    assert new in result.stderr
