@@ -291,7 +291,8 @@ def test_run_computes_in_float32_and_keeps_all_dtypes(
     assert {each.dtype for each in after.values()} == {torch.bfloat16}
     kept = before.keys() & after.keys()
     assert len(kept) == len(before) - 5 * 2  # q, k, v, o and the norm of two layers
-    assert all(torch.equal(before[name], after[name]) for name in kept)
+    changed = {name for name in kept if not torch.equal(before[name], after[name])}
+    assert all(name.endswith("norm.weight") for name in changed)  # distillation
     assert len(linearized(model)) == 2
 
 
