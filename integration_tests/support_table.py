@@ -34,10 +34,17 @@ def render(results: dict[str, Any]) -> str:
     :param results: see :func:`read_results`
     """
     lines = _table(families(), features(), results["cells"])
-    # Results of before there were any lack them all.
-    if results["cells"].keys() >= more_families().keys():
-        more = _table(more_families(), more_features(), results["cells"])
+    ran_in_all = {
+        name: title
+        for name, title in more_families().items()
+        if more_features().keys() <= results["cells"].get(name, {}).keys()
+    }
+    if ran_in_all:
+        more = _table(ran_in_all, more_features(), results["cells"])
         lines += ["", "Families that fewer tests go through:", "", *more]
+    not_run = [t for name, t in more_families().items() if name not in ran_in_all]
+    if not_run:
+        lines += ["", f"Not run in vLLM: {', '.join(not_run)}."]
     ran = results["versions"]
     return "\n".join(
         [

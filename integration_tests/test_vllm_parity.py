@@ -21,6 +21,7 @@ from integration_tests.harness import Served
 from integration_tests.materials import engine_defaults, prompts
 from integration_tests.reference import Reference, prompt_logprobs, reference
 from integration_tests.rows import Row, more_families, rows
+from nbl_modifier.architectures import architecture_of
 from nbl_modifier.kv_cache import Engine, KVCache
 
 pytestmark = pytest.mark.requires_vllm
@@ -69,8 +70,10 @@ def test_layers_are_linear(row: Row, made: Materials, served: Serve) -> None:
 def linear_modules(directory: Path) -> list[str]:
     """Return what linear layers took the place of, by name inside the layer list."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    architecture = architecture_of(config["model_type"])
+    attention = architecture.vllm_attention or "self_attn"
     return sorted(
-        index if entry["kind"] == "block" else f"{index}.self_attn"
+        index if entry["kind"] == "block" else f"{index}.{attention}"
         for index, entry in config["nbl_config"]["layers"].items()
         if entry["method"] == "linear"
     )
