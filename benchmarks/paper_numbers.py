@@ -19,18 +19,18 @@ from nbl_modifier.evaluation import PerplexityResult, Score, TaskScores
 from nbl_modifier.evaluation.scores import pooled, ratio_score, spread
 from nbl_modifier.records.files import write_atomically
 from nbl_modifier.records.measurements import benchmark_measurements
-from nbl_modifier.records.provenance import collect_versions, utc_timestamp
-from nbl_modifier.records.speed import SPEED_FILE_NAME
-from nbl_modifier.report.blocks import Section
-from nbl_modifier.report.markdown import render_markdown
-from nbl_modifier.report.methods_section import FIGURES, figures, methods_section
-from nbl_modifier.report.methods_table import (
+from nbl_modifier.records.methods import (
     METHODS_FILE_NAME,
     MethodRow,
     MethodsTable,
     TextResult,
     Value,
 )
+from nbl_modifier.records.provenance import collect_versions, utc_timestamp
+from nbl_modifier.records.speed import SPEED_FILE_NAME
+from nbl_modifier.report.blocks import Section
+from nbl_modifier.report.markdown import render_markdown
+from nbl_modifier.report.methods_section import FIGURES, figures, methods_section
 
 
 def table_of(results: Results, order: tuple[str, ...]) -> MethodsTable:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
     from nbl_modifier.evaluation import Comparison, Task, TaskScores
     from nbl_modifier.evaluation.cache import ScoreCache
     from nbl_modifier.evaluation.harness import LoadedTask
-
-RESULTS_FILE_NAME = "nbl_evaluation.json"
-_FORMAT_VERSION = 1
 
 _DESCRIPTION = """\
 Evaluate a checkpoint and its base model on the same lm-eval tasks with the same
@@ -65,6 +61,25 @@ def add_parser(commands: Any) -> None:
         metavar="MODEL",
         help="base model (default: the one named in the checkpoint's nbl_report.json)",
     )
+    _add_task_arguments(parser)
+    _add_backend_arguments(parser)
+    add(
+        "--output",
+        type=path,
+        metavar="DIR",
+        help="folder for nbl_evaluation.json (default: the checkpoint's)",
+    )
+    add(
+        "--cache",
+        type=path,
+        metavar="DIR",
+        help="folder for base models' scores (default: $NBL_CACHE/evaluation, or "
+        "nbl_modifier/evaluation in the user's cache)",
+    )
+    add("--no-cache", action="store_true", help="evaluate the base model again")
+
+
+def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--suite",
@@ -78,13 +93,19 @@ def add_parser(commands: Any) -> None:
         metavar="NAME,NAME",
         help="lm-eval tasks instead, each with its own number of shots",
     )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="first N documents of each task"
+    )
+
+
+def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--backend",
         choices=["hf", "vllm"],
         default="hf",
         help="transformers (default), or vLLM where that is installed",
     )
-    add("--limit", type=positive, metavar="N", help="first N documents of each task")
     add(
         "--batch-size",
         type=positive,
@@ -98,20 +119,6 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="context length, vllm only (default: the model's)",
     )
-    add(
-        "--output",
-        type=path,
-        metavar="DIR",
-        help=f"folder for {RESULTS_FILE_NAME} (default: the checkpoint's)",
-    )
-    add(
-        "--cache",
-        type=path,
-        metavar="DIR",
-        help="folder for base models' scores (default: $NBL_CACHE/evaluation, or "
-        "nbl_modifier/evaluation in the user's cache)",
-    )
-    add("--no-cache", action="store_true", help="evaluate the base model again")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -150,8 +157,7 @@ def run(args: argparse.Namespace) -> None:
     comparison = compare(base, compressed)
     print(f"\n{args.checkpoint}, compared with {baseline}, backend {args.backend}\n")
     print(comparison_table(comparison))
-    path = output / RESULTS_FILE_NAME
-    _write(path, baseline, comparison, args)
+    path = _write(output, baseline, comparison, args)
     print(f"\nresults: {path}, {time.perf_counter() - start:,.0f} s")
 
 
@@ -189,8 +195,8 @@ def _output_folder(args: argparse.Namespace) -> Path:
     named = args.output or args.checkpoint
     if not args.output and not Path(named).is_dir():
         raise ValueError(
-            f"{args.checkpoint}: is no directory, so there is no place for "
-            f"{RESULTS_FILE_NAME}. Pass --output."
+            f"{args.checkpoint}: is no directory, so there is no place for the "
+            "results. Pass --output."
         )
     check_writable(Path(named))
     return Path(named)
@@ -298,20 +304,23 @@ def _base_scores(
 
 
 def _write(
-    path: Path, baseline: str, comparison: Comparison, args: argparse.Namespace
-) -> None:
-    from nbl_modifier.records.files import write_atomically
+    folder: Path, baseline: str, comparison: Comparison, args: argparse.Namespace
+) -> Path:
+    """Write the record and return where it is."""
+    from nbl_modifier.records.evaluation import EVALUATION_FILE_NAME, EvaluationReport
     from nbl_modifier.records.provenance import collect_versions, utc_timestamp
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "format_version": _FORMAT_VERSION,
-        "checkpoint": args.checkpoint,
-        "baseline": baseline,
-        "backend": args.backend,
-        "limit": args.limit,
-        **comparison.to_fields(),
-        "versions": collect_versions(),
-        "created": utc_timestamp(),
-    }
-    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    report = EvaluationReport(
+        format_version=EvaluationReport.VERSION,
+        checkpoint=args.checkpoint,
+        baseline=baseline,
+        backend=args.backend,
+        limit=args.limit,
+        tasks=comparison.metric_results(),
+        average=comparison.average_result(),
+        versions=collect_versions(),
+        created=utc_timestamp(),
+    )
+    report.save(folder / EVALUATION_FILE_NAME)
+    return folder / EVALUATION_FILE_NAME

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from nbl_modifier.records.methods import MethodsTable, TextResult, Value
+
 from .blocks import FigureItem, Item, Table, Text
 from .method_plots import quality_over, quality_over_speed
-from .methods_table import MethodsTable, TextResult, Value
 
 __all__ = ["FIGURES", "methods_section"]
 

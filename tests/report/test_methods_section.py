@@ -1,92 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of methods: read as written, and shown with their numbers and figures."""
+"""Tables of methods: shown with their numbers and figures."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 
 from nbl_modifier.cli import main
+from nbl_modifier.records.methods import METHODS_FILE_NAME
 from nbl_modifier.report.blocks import FigureItem, Table
 from nbl_modifier.report.methods_section import figures, methods_section
-from nbl_modifier.report.methods_table import (
-    METHODS_FILE_NAME,
-    MethodRow,
-    MethodsTable,
-    TextResult,
+from tests.report.report_factory import (
+    BEST,
+    MODEL,
+    REFERENCE,
+    make_table,
+    write_checkpoint,
 )
-from tests.report.report_factory import write_checkpoint
-
-MODEL = "some-organization/some-model"
-BEST, REFERENCE = "best $x$", "ref"
-
-
-def row(method: str, m: int, ratio: float, **changes: object) -> MethodRow:
-    text = TextResult((20 * ratio, 0.5), (ratio, 0.01), (ratio / 1.1, 0.02), (0.5, 0.1))
-    fields = {
-        "method": method,
-        "m": m,
-        "layers": list(range(m)),
-        "num_parameters": 1_000_000,
-        "kv_cache": (8 - m) / 8,
-        "texts": {"c4": text},
-        "tasks": {"piqa": (0.5, 0.02), "boolq": (0.75, 0.01)},
-        "average": (0.6 / ratio, 0.011),
-    }
-    return MethodRow(**{**fields, **changes})  # type: ignore[arg-type]
-
-
-def make_table(**changes: object) -> MethodsTable:
-    rows = [
-        row("base", 0, 1.0),
-        *(row(BEST, m, 1 + m / 20) for m in (2, 4)),
-        *(row(REFERENCE, m, 1 + m / 10, facts=(7, 9)) for m in (2, 4)),
-    ]
-    fields = {
-        "model": MODEL,
-        "num_layers": 8,
-        "reference": REFERENCE,
-        "best": BEST,
-        "calibrated_on": "much text",
-        "measured_on": "other text",
-        "rows": rows,
-        "versions": {"torch": "1"},
-        "created": "2026-01-02T03:04:05+00:00",
-    }
-    return MethodsTable(**{**fields, **changes})  # type: ignore[arg-type]
-
-
-def test_file_holds_the_table(tmp_path: Path) -> None:
-    speed = {"decode": (1.2, 0.1)}
-    rows = [*make_table().rows, row("fast", 2, 1.5, speed=speed, average=None)]
-    table = make_table(rows=rows)
-    table.save(tmp_path / METHODS_FILE_NAME)
-    assert MethodsTable.load(tmp_path / METHODS_FILE_NAME) == table
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda fields: fields.pop("format_version"),
-        lambda fields: fields.update(format_version=2),
-        lambda fields: fields.pop("rows"),
-        lambda fields: fields.update(rows=[{"method": "x"}]),
-        lambda fields: fields.update(unknown=1),
-        lambda fields: fields["rows"][0]["texts"]["c4"].update(perplexity=None),
-        lambda fields: fields["rows"][0]["tasks"].update(piqa=[1, 2, 3]),
-    ],
-)
-def test_damaged_files_are_named(tmp_path: Path, damage: object) -> None:
-    path = tmp_path / METHODS_FILE_NAME
-    make_table().save(path)
-    fields = json.loads(path.read_text())
-    damage(fields)  # type: ignore[operator]
-    path.write_text(json.dumps(fields))
-    with pytest.raises(
-        ValueError, match=f"{METHODS_FILE_NAME}: not a table of methods"
-    ):
-        MethodsTable.load(path)
+from tests.report.report_factory import method_row as row
 
 
 def test_section_has_the_numbers() -> None:
