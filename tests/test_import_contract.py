@@ -77,7 +77,9 @@ LAYERS = {
         packages="torch",
         lazy="transformers vllm",
     ),
-    "report": Layer(ours="records criteria kv_cache", lazy="matplotlib"),
+    "report": Layer(
+        ours="records criteria kv_cache", packages="jinja2", lazy="matplotlib"
+    ),
     "vllm_plugin": Layer(ours="hf architectures", packages="vllm torch transformers"),
     "records": Layer(packages="pydantic"),
     "hf": Layer(

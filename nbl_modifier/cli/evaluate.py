@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nbl_modifier.evaluation import Comparison, Task, TaskScores
     from nbl_modifier.evaluation.cache import ScoreCache
     from nbl_modifier.evaluation.harness import LoadedTask
+    from nbl_modifier.records.evaluation import EvaluationReport
 
 _DESCRIPTION = """\
 Evaluate a checkpoint and its base model on the same lm-eval tasks with the same
@@ -137,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
         refuse_idle(args, ["cache"], "with --no-cache")
 
     from nbl_modifier.evaluation import compare, load_tasks
-    from nbl_modifier.evaluation.table import comparison_table
+    from nbl_modifier.records.evaluation import EVALUATION_FILE_NAME
+    from nbl_modifier.report.scores_table import SCORES_NOTE, scores_table
 
     from .checks import check_model
 
@@ -154,10 +156,13 @@ def run(args: argparse.Namespace) -> None:
     compressed = _evaluate(args.checkpoint, tasks, args)
     cache = _cache(baseline, getattr(configs[baseline], "_commit_hash", None), args)
     base = _base_scores(baseline, tasks, compressed, cache, args)
-    comparison = compare(base, compressed)
+    report = _report(baseline, compare(base, compressed), args)
     print(f"\n{args.checkpoint}, compared with {baseline}, backend {args.backend}\n")
-    print(comparison_table(comparison))
-    path = _write(output, baseline, comparison, args)
+    print(scores_table(report.tasks, report.average).to_text())
+    print(f"\n{SCORES_NOTE}")
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / EVALUATION_FILE_NAME
+    report.save(path)
     print(f"\nresults: {path}, {time.perf_counter() - start:,.0f} s")
 
 
@@ -303,15 +308,13 @@ def _base_scores(
     return {name: each for task in tasks for name, each in kept[task.task.name].items()}
 
 
-def _write(
-    folder: Path, baseline: str, comparison: Comparison, args: argparse.Namespace
-) -> Path:
-    """Write the record and return where it is."""
-    from nbl_modifier.records.evaluation import EVALUATION_FILE_NAME, EvaluationReport
+def _report(
+    baseline: str, comparison: Comparison, args: argparse.Namespace
+) -> EvaluationReport:
+    from nbl_modifier.records.evaluation import EvaluationReport
     from nbl_modifier.records.provenance import collect_versions, utc_timestamp
 
-    folder.mkdir(parents=True, exist_ok=True)
-    report = EvaluationReport(
+    return EvaluationReport(
         format_version=EvaluationReport.VERSION,
         checkpoint=args.checkpoint,
         baseline=baseline,
@@ -322,5 +325,3 @@ def _write(
         versions=collect_versions(),
         created=utc_timestamp(),
     )
-    report.save(folder / EVALUATION_FILE_NAME)
-    return folder / EVALUATION_FILE_NAME

@@ -8,8 +8,9 @@ from functools import partial
 
 from nbl_modifier.records.methods import MethodsTable, TextResult, Value
 
-from .blocks import FigureItem, Item, Table, Text
+from .blocks import FigureItem, Item, Text
 from .method_plots import quality_over, quality_over_speed
+from .table import Table
 
 __all__ = ["FIGURES", "methods_section"]
 

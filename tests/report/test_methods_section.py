@@ -4,12 +4,11 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from nbl_modifier.cli import main
 from nbl_modifier.records.methods import METHODS_FILE_NAME
-from nbl_modifier.report.blocks import FigureItem, Table
+from nbl_modifier.report.blocks import FigureItem
 from nbl_modifier.report.methods_section import figures, methods_section
+from nbl_modifier.report.table import Table
 from tests.report.report_factory import (
     BEST,
     MODEL,
@@ -47,32 +46,6 @@ def test_figures_are_there_when_their_numbers_are() -> None:
     assert figures(make_table(rows=base)) == {}
     fast = row("fast", 2, 1.5, speed={"decode": (1.2, 0.1)})
     assert set(figures(make_table(rows=[*base, fast]))) == {2, 4, 6}
-
-
-def test_lines_hold_the_numbers() -> None:
-    figure = figures(make_table())[4]()
-    accuracy, ratio = figure.axes
-    for axes, expected in (
-        (accuracy, {2: 0.6 / 1.2, 4: 0.6 / 1.4}),
-        (ratio, {2: 1.2, 4: 1.4}),
-    ):
-        lines = {c.get_label(): c[0].get_xydata().tolist() for c in axes.containers}
-        assert lines[REFERENCE] == [pytest.approx(point) for point in expected.items()]
-        assert set(lines) == {BEST, REFERENCE}
-    assert ratio.get_yscale() == "log"
-    (legend,) = figure.legends
-    assert [t.get_text() for t in legend.get_texts()] == [BEST, REFERENCE, "base"]
-    cache = figures(make_table())[6]().axes[0]
-    assert cache.xaxis_inverted()
-    assert [t.get_text() for t in cache.get_xticklabels()] == ["50", "75", "100"]
-
-
-def test_a_quality_missing_somewhere_leaves_a_gap() -> None:
-    rows = [*make_table().rows, row("new", 2, 1.3, average=None, texts={})]
-    figure = figures(make_table(rows=rows))[4]()
-    figure.canvas.draw()
-    lines = {c.get_label(): c[0].get_xydata() for c in figure.axes[0].containers}
-    assert len(lines["new"]) == 0
 
 
 def test_report_shows_it_first(tmp_path: Path) -> None:
