@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gpu_parts import FIGURE_4, PARTS, Part
+from gpu_parts import (  # type: ignore[import-not-found]  # beside this script
+    FIGURE_4,
+    PARTS,
+    Part,
+)
 
 from nbl_modifier.records.speed import SPEED_FILE_NAME, SpeedReport
 from nbl_modifier.report.colours import SERIES

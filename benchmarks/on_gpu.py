@@ -33,15 +33,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_parts import PARTS, Part  # type: ignore[import-not-found]  # beside this script
+from gpu_tables import (  # type: ignore[import-not-found]
+    Kit,
+    is_done,
+    shown,
+    tables,
+)
 
 from nbl_modifier.benchmark.machine import device_name
 from nbl_modifier.records.files import write_atomically
 from nbl_modifier.records.provenance import utc_timestamp
 from nbl_modifier.records.speed import SPEED_FILE_NAME
-
-sys.path.append(str(Path(__file__).parent))
-from gpu_parts import PARTS, Part
-from gpu_tables import Kit, is_done, shown, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 480

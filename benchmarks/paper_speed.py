@@ -155,10 +155,11 @@ def save_draft(folder: Path, shape: str) -> Path:
     :param shape: of the model that it drafts for, a key of ``SHAPES``
     """
     fields = SHAPES[shape] | {"num_hidden_layers": 1, "tie_word_embeddings": False}
-    vocab = min(32000, fields["vocab_size"])  # what published heads have
-    LlamaConfig(
-        **fields, architectures=["LlamaForCausalLMEagle3"], draft_vocab_size=vocab
-    ).save_pretrained(folder)
+    # what published heads have
+    fields["draft_vocab_size"] = min(32000, fields["vocab_size"])
+    LlamaConfig(**fields, architectures=["LlamaForCausalLMEagle3"]).save_pretrained(
+        folder
+    )
     return folder
 
 
