@@ -36,7 +36,10 @@ from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import architecture_of
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.forward import PartialForward
+from nbl_modifier.calibration.layers import MeasuredLayers
+from nbl_modifier.calibration.leaderboard import Leaderboard
 from nbl_modifier.calibration.passes import Passes
+from nbl_modifier.calibration.solver import LayerSolver
 from nbl_modifier.criteria import CRITERIA, TRIED
 from nbl_modifier.evaluation import PerplexityResult
 from nbl_modifier.evaluation.texts import pack, stdlib_texts
@@ -265,15 +268,15 @@ class Case:
 
     def _passes(self, setting: Setting) -> Passes:
         def calibration(streams: Mapping[int, Tensor] | None) -> Calibration:
-            return Calibration(
+            layers = MeasuredLayers(
                 dict(enumerate(self._forward.layers)),
                 {i: self._architecture.attention_name(i) for i in self.candidates},
                 self._architecture,
-                spec=setting.spec,
-                estimator="lmmse",
-                dampening_frac=setting.dampening_frac,
-                criterion="cca_bound",
-                keep=len(self.candidates),
+                setting.spec,
+            )
+            return Calibration(
+                LayerSolver(layers=layers, dampening_frac=setting.dampening_frac),
+                Leaderboard("cca_bound", len(self.candidates)),
                 held_out=self._held_out,
                 streams=streams,
             )

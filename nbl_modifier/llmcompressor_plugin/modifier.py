@@ -29,7 +29,11 @@ from transformers import PreTrainedModel
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.cost import Cost, Progress, Settings, duration
+from nbl_modifier.calibration.forward import recomputes
+from nbl_modifier.calibration.layers import MeasuredLayers
+from nbl_modifier.calibration.leaderboard import Leaderboard
 from nbl_modifier.calibration.progress import ProgressLine, cost_of, num_windows
+from nbl_modifier.calibration.solver import LayerSolver
 from nbl_modifier.criteria import CRITERIA, TRIED
 from nbl_modifier.hf.checkpoint import check_output_directory, convert_in_place
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer, NBLConfigMixin
@@ -619,6 +623,7 @@ class NBLModifier(Modifier):
     def _cost(self, model: PreTrainedModel, sources: Sources) -> Cost:
         """Return what the run is going to cost."""
         layers, data = decoder_layers(model, self._architecture), sources.data
+        longest = max((b["input_ids"].shape[-1] for b in data.batches), default=0)
         settings = Settings(
             num_layers=len(layers),
             windows=num_windows(data),
@@ -632,6 +637,7 @@ class NBLModifier(Modifier):
             epochs=self.distill_epochs,
             rates=0 if self.distill_rate is not None else len(RATES),
             few=FEW_WINDOWS,
+            recomputes=recomputes(model, longest),
             measures=not sources.complete,
         )
         return cost_of(
@@ -804,18 +810,22 @@ class NBLModifier(Modifier):
         log_level: str = "INFO",
     ) -> Calibration:
         layers = decoder_layers(model, self._architecture)
-        return Calibration(
-            {index: layers[index] for index in self._candidates},
-            self._candidates,
-            self._architecture,
-            spec=self._spec,
+        solver = LayerSolver(
+            layers=MeasuredLayers(
+                {index: layers[index] for index in self._candidates},
+                self._candidates,
+                self._architecture,
+                self._spec,
+            ),
             estimator=self.estimator,
             dampening_frac=self.dampening_frac,
-            criterion=self.criterion,
-            keep=keep,
             correlations=self.canonical_correlations,
-            held_out=self._held_out,
             measure_held_out=self._holds_out,
+        )
+        return Calibration(
+            solver,
+            Leaderboard(self.criterion, keep),
+            held_out=self._held_out,
             streams=streams,
             store=store,
             log_level=log_level,

@@ -28,6 +28,7 @@ from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.forward import PartialForward, calling
 from nbl_modifier.hf.modeling_nbl import LowRankLinear
 from nbl_modifier.layer_statistics.windows import Windows
+from nbl_modifier.numerics.products import FastProducts
 from nbl_modifier.replacement.surgery import Replacement, replaced
 
 from .muon import Muon, Trained
@@ -203,8 +204,12 @@ class Distillation:
         """Take a step on each window, in the order of ``numbers``."""
         trained = [each for m in maps.values() for each in m.trained(rate)]
         trained += [gain.trained(rate) for gain in gains]
-        optimizer = Muon(trained, len(numbers))
-        with self._running(maps):
+        dtypes = {each.dtype for each in maps.values()}
+        half = dtypes == {torch.bfloat16}
+        optimizer = Muon(
+            trained, len(numbers), torch.bfloat16 if half else torch.float32
+        )
+        with self._running(maps), FastProducts():
             for number in numbers:
                 targets = target_tokens(self._windows, number)
                 count = sum(len(target.positions) for target in targets)
@@ -280,8 +285,8 @@ class _TrainedMap:
         assert replacement.bias is not None
         self._start = replacement
         device = mean.device
-        self._dtype = replacement.weight.dtype
-        wide = torch.promote_types(self._dtype, torch.float32)
+        self.dtype = replacement.weight.dtype
+        wide = torch.promote_types(self.dtype, torch.float32)
         least = _LEAST_SPREAD * float(spread.square().mean().sqrt())
         self._mean = mean.to(wide)
         self._spread = spread.clamp_min(least or 1.0).to(wide)
@@ -336,7 +341,7 @@ class _TrainedMap:
         The bias is that of the rounded weights: a large mean times their rounding
         errors would shift every output, another way at each step.
         """
-        dtype, wide = self._dtype, self._bias.dtype
+        dtype, wide = self.dtype, self._bias.dtype
         inner = (self._inner / self._spread).to(dtype)
         shift = inner.to(wide) @ self._mean
         if self._expand is None:
