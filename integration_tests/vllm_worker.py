@@ -229,13 +229,13 @@ def sabotage(step: str) -> None:
     :param step: ``keep_kv_cache`` leaves replaced attention in vLLM's list of layers
         that own a KV cache; ``build_attention`` lets all attention be built first
     """
-    from nbl_modifier.vllm_plugin import model
+    from nbl_modifier.vllm_plugin import exchange, model
 
     if step == "keep_kv_cache":
-        model._forget = lambda replaced, vllm_config: None
+        exchange.forget = lambda replaced, vllm_config: None
     elif step == "build_attention":
-        left_out = model._left_out
-        model._left_out = lambda attribute, names, vllm_config: left_out(
+        left_out = exchange.left_out
+        model.left_out = lambda attribute, names, vllm_config: left_out(
             attribute, set(), vllm_config
         )
     else:
