@@ -52,7 +52,7 @@ LAYERS = {
         " yaml",
     ),
     "search": Layer(
-        ours="calibration replacement layer_statistics evaluation records hf"
+        ours="calibration replacement layer_statistics evaluation records numerics hf"
         " architectures criteria kv_cache",
         packages="compressed_tensors loguru torch transformers",
     ),
@@ -77,9 +77,11 @@ LAYERS = {
         packages="torch",
         lazy="transformers vllm",
     ),
-    "report": Layer(ours="records criteria kv_cache", lazy="matplotlib"),
+    "report": Layer(
+        ours="records criteria kv_cache", packages="jinja2", lazy="matplotlib"
+    ),
     "vllm_plugin": Layer(ours="hf architectures", packages="vllm torch transformers"),
-    "records": Layer(),
+    "records": Layer(packages="pydantic"),
     "hf": Layer(
         ours="architectures", packages="torch transformers safetensors", lazy="peft"
     ),
@@ -266,7 +268,7 @@ def test_serving_side_imports_without_optional_packages(module: str) -> None:
     if module not in FILES:
         pytest.skip(f"{module} does not exist yet")
     without = ("llmcompressor", "vllm", "scipy", "matplotlib", "datasets", "loguru")
-    run_python(f"import {module}", without=without)
+    run_python(f"import {module}", without=(*without, "pydantic", "jinja2"))
 
 
 def test_missing_llmcompressor_names_the_remedy() -> None:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.cost import Cost, Progress, duration
-from nbl_modifier.calibration.forward import PartialForward
+from nbl_modifier.calibration.forward import PartialForward, recomputes
 from nbl_modifier.calibration.layers import MeasuredLayers
 from nbl_modifier.calibration.leaderboard import Leaderboard
 from nbl_modifier.calibration.passes import Passes
@@ -619,6 +619,7 @@ class NBLModifier(Modifier):
     def _cost(self, model: PreTrainedModel, sources: Sources) -> Cost:
         """Return what the run is going to cost."""
         layers, data = decoder_layers(model, self._architecture), sources.data
+        longest = max((b["input_ids"].shape[-1] for b in data.batches), default=0)
         settings = Settings(
             num_layers=len(layers),
             windows=num_windows(data),
@@ -632,6 +633,7 @@ class NBLModifier(Modifier):
             epochs=self.distill_epochs,
             rates=0 if self.distill_rate is not None else len(RATES),
             few=FEW_WINDOWS,
+            recomputes=recomputes(model, longest),
             measures=not sources.complete,
         )
         return cost_of(
