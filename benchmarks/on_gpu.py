@@ -32,7 +32,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from gpu_parts import PARTS, Part  # type: ignore[import-not-found]  # beside this script
 from gpu_tables import (  # type: ignore[import-not-found]
     Kit,
@@ -41,7 +40,7 @@ from gpu_tables import (  # type: ignore[import-not-found]
     tables,
 )
 
-from nbl_modifier.benchmark.machine import device_name
+from nbl_modifier.benchmark.machine import current_device, device_name
 from nbl_modifier.records.files import write_atomically
 from nbl_modifier.records.provenance import utc_timestamp
 from nbl_modifier.records.speed import SPEED_FILE_NAME
@@ -174,11 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part in parts:
             print(f"{part.name}: {part.table}: {part.row}\n    {shown(part)}")
         return 0
-    device = torch.accelerator.current_accelerator()
     kit = Kit(
         folder=Path(args.output).resolve(),
         serve=args.serve_python,
-        device="cpu" if args.dry_run or device is None else device.type,
+        device="cpu" if args.dry_run else current_device(),
         dry=args.dry_run,
         limit=args.limit,
     )

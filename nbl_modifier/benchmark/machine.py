@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["available_bytes", "device_name", "free_memory"]
+__all__ = ["available_bytes", "current_device", "device_name", "free_memory"]
 
 
 def free_memory() -> int | None:
@@ -22,6 +22,20 @@ def free_memory() -> int | None:
     command = [sys.executable, "-m", "nbl_modifier.benchmark.machine"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(answer.stdout) if answer.stdout.strip().isdigit() else None
+
+
+def current_device() -> str:
+    """
+    Return the type of the accelerator as torch names it, ``cpu`` if there is none.
+
+    A build of torch that could use one says which also where there is none.
+    """
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    if device is None or not torch.accelerator.is_available():
+        return "cpu"
+    return device.type
 
 
 def device_name(device: str) -> str:
@@ -64,10 +78,7 @@ def _lines(path: str) -> list[str]:
 
 
 def _main() -> None:
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator()
-    free = available_bytes("cpu" if accelerator is None else accelerator.type)
+    free = available_bytes(current_device())
     sys.stdout.write("" if free is None else str(free))
 
 

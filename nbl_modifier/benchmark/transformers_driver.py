@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .machine import available_bytes, device_name
+from .machine import available_bytes, current_device, device_name
 from .timing import Timing, now, random_prompts
 
 __all__ = ["TransformersDriver"]
@@ -31,8 +31,7 @@ class TransformersDriver:
         auto_class = getattr(
             transformers, architecture_of(config.model_type).auto_class
         )
-        accelerator = torch.accelerator.current_accelerator()
-        self.device = "cpu" if accelerator is None else accelerator.type
+        self.device = current_device()
         self._vocab_size = job["vocab_size"]
         options = {
             "dtype": getattr(torch, job["dtype"]),

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nbl_modifier import NBLModifier
 from nbl_modifier.benchmark.limits import fit_together
-from nbl_modifier.benchmark.machine import free_memory
+from nbl_modifier.benchmark.machine import current_device, free_memory
 from nbl_modifier.benchmark.plan import Settings
 from nbl_modifier.benchmark.roofline import ModelShape, Product
 from nbl_modifier.benchmark.shapes import Model
@@ -162,6 +163,18 @@ def test_models_are_loaded_at_once_if_they_fit(
     model = Model("a model", shape, "bfloat16", 1, (), 64, 10)
     settings = Settings(engine, kv_cache_gib=2, on_accelerator=accelerated)
     assert fit_together((model, model), settings, free) is expected
+
+
+def test_a_build_for_gpus_runs_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch for CUDA names a device without a driver, and cannot use it."""
+    accelerator, cuda = torch.accelerator, torch.device("cuda")
+    monkeypatch.setattr(accelerator, "current_accelerator", lambda: cuda)
+    monkeypatch.setattr(accelerator, "is_available", lambda: False)
+    assert current_device() == "cpu"
+    monkeypatch.setattr(accelerator, "is_available", lambda: True)
+    assert current_device() == "cuda"
 
 
 def test_free_memory_is_measured() -> None:
