@@ -105,7 +105,7 @@ def _add_heldout_arguments(group: argparse._ArgumentGroup) -> None:
         type=path,
         metavar="SOURCE",
         help="text for perplexity: 'stdlib', a file, a folder, or 'none' (default: "
-        "'stdlib' with --dataset stdlib, else 'none')",
+        "'stdlib' with --dataset stdlib, 'none' with another or with --statistics)",
     )
     group.add_argument(
         "--heldout-samples",

@@ -276,7 +276,9 @@ def heldout_source(args: argparse.Namespace) -> str | None:
 
     source: str | None = getattr(args, "heldout", "none")
     if source is None:
-        source = STDLIB if args.dataset == STDLIB else "none"
+        # Without calibration, perplexity would take nearly all the time there is.
+        reads = args.dataset == STDLIB and getattr(args, "statistics", None) is None
+        source = STDLIB if reads else "none"
     return None if source == "none" else source
 
 
