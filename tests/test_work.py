@@ -336,7 +336,7 @@ def test_a_choice_from_statistics_takes_what_solving_takes(
     windows = WindowCounter(model)
     modifier = NBLModifier(num_layers=2, statistics=str(tmp_path), **fields)
     with CountCalls() as counter:
-        oneshot(model=model, recipe=[modifier])
+        oneshot(model=model, recipe=modifier)
     assert modifier.report is not None
     assert windows.windows == 0
     assert read == {f"layer-{index:05}.safetensors": 1 for index in range(4)}

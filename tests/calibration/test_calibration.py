@@ -39,7 +39,9 @@ def test_layers_are_solved_as_they_are_finished(llama: Path, rows: Dataset) -> N
         assert len(made.replacements) == min(count, 2)
     made.finish()
     scores = made.scores()
-    assert sorted(made.replacements) == sorted(sorted(scores, key=scores.get)[:2])
+    assert sorted(made.replacements) == sorted(
+        sorted(scores, key=scores.__getitem__)[:2]
+    )
     assert {each.num_tokens for each in made.measured.values()} == {16 * 64}
 
 
@@ -72,7 +74,10 @@ def test_stored_layers_are_read_and_not_watched(
     assert (measured, read) == (1, 0)
     assert first.scores() == second.scores()
     for index, replacement in first.replacements.items():
-        assert torch.equal(replacement.weight, second.replacements[index].weight)
+        weight = second.replacements[index].weight
+        assert weight is not None
+        assert replacement.weight is not None
+        assert torch.equal(weight, replacement.weight)
     heldout = [[m.heldout_nmse for m in each.measured.values()] for _, each in results]
     assert heldout[0] == heldout[1]
     assert None not in heldout[0]

@@ -40,8 +40,9 @@ def test_what_attention_reads_is_the_output_of_its_norm(
 ) -> None:
     layers = observed(tiny_models("llama")).layers
     norm = layers.input_norm(0)
+    assert norm is not None
     assert norm is layers.modules[0].input_layernorm
-    stream = torch.randn(1, 3, norm.weight.numel())
+    stream = torch.randn(1, 3, norm.get_parameter("weight").numel())
     calls: list[object] = []
     norm.register_forward_hook(lambda *_: calls.append(None))
     assert torch.equal(layers.normalized(0, stream), norm(stream))

@@ -84,16 +84,13 @@ def test_a_norm_that_ran_on_another_batch_is_refused(llama: Path) -> None:
     found = observed(llama)
     observer = LayerObserver(found.layers)
     observer.watch(INDEX, register, found.in_flight, unguarded)
-    layer, streams = found.layers.modules[INDEX], torch.randn(1, 4, 32)
+    layer = decoder_layers(found.model)[INDEX]
+    streams, rotation = (
+        torch.randn(1, 4, 32),
+        (torch.ones(1, 4, 8), torch.zeros(1, 4, 8)),
+    )
     found.number = 0
     layer.input_layernorm(streams)
     found.number = 1
     with pytest.raises(RuntimeError, match=r"layers\.2.*norm ran on another batch"):
-        observer._see_attention(
-            found.in_flight,
-            INDEX,
-            found.layers.attention(INDEX),
-            (streams,),
-            {},
-            (streams,),
-        )
+        layer.self_attn(streams, rotation, attention_mask=None)

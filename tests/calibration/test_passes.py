@@ -45,6 +45,8 @@ def test_layer_by_layer_is_as_all_at_once(llama: Path, rows: Dataset) -> None:
     assert estimated.scores() == whole.scores()
     for index, replacement in whole.replacements.items():
         weight = estimated.replacements[index].weight
+        assert weight is not None
+        assert replacement.weight is not None
         assert torch.equal(weight, replacement.weight)
 
 
