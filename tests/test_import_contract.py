@@ -52,7 +52,7 @@ LAYERS = {
         " yaml",
     ),
     "search": Layer(
-        ours="calibration replacement layer_statistics evaluation records hf"
+        ours="calibration replacement layer_statistics evaluation records numerics hf"
         " architectures criteria kv_cache",
         packages="compressed_tensors loguru torch transformers",
     ),

@@ -9,7 +9,7 @@ from typing import Any
 
 from nbl_modifier.worker import Connection, answer_of
 
-__all__ = ["available_bytes", "device_name", "free_memory"]
+__all__ = ["available_bytes", "current_device", "device_name", "free_memory"]
 
 
 def free_memory() -> int | None:
@@ -24,6 +24,20 @@ def free_memory() -> int | None:
     except RuntimeError:
         return None
     return free
+
+
+def current_device() -> str:
+    """
+    Return the type of the accelerator as torch names it, ``cpu`` if there is none.
+
+    A build of torch that could use one says which also where there is none.
+    """
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    if device is None or not torch.accelerator.is_available():
+        return "cpu"
+    return device.type
 
 
 def device_name(device: str) -> str:
@@ -66,8 +80,4 @@ def _lines(path: str) -> list[str]:
 
 
 def _tell_free(_: None, connection: Connection) -> None:
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator()
-    device = "cpu" if accelerator is None else accelerator.type
-    connection.send(available_bytes(device))
+    connection.send(available_bytes(current_device()))

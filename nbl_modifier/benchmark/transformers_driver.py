@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .machine import available_bytes, device_name
-from .timing import Timing, random_prompts
+from .machine import available_bytes, current_device, device_name
+from .timing import Timing, now, random_prompts
 
 if TYPE_CHECKING:
     from .serving import Job
@@ -35,8 +34,7 @@ class TransformersDriver:
         auto_class = getattr(
             transformers, architecture_of(config.model_type).auto_class
         )
-        accelerator = torch.accelerator.current_accelerator()
-        self.device = "cpu" if accelerator is None else accelerator.type
+        self.device = current_device()
         self._vocab_size = job.vocab_size
         options = {
             "dtype": getattr(torch, job.dtype),
@@ -65,28 +63,23 @@ class TransformersDriver:
         """Time the prompts' forward pass, then ``generate`` greedy steps."""
         prompts = random_prompts(self._vocab_size, batch, context, seed)
         tokens = torch.tensor(prompts, device=self.device)
-        started_at = self._now()
+        started_at = now(self.device)
         output = self._model(tokens, use_cache=True, logits_to_keep=1)
         tokens = output.logits[:, -1:].argmax(dim=-1)
-        prefill = self._now() - started_at
+        prefill = now(self.device) - started_at
         cache = output.past_key_values
         kept = sum(_cache_bytes(layer) for layer in cache.layers)
-        started_at = self._now()
+        started_at = now(self.device)
         for _ in range(generate):
             output = self._model(tokens, past_key_values=cache, use_cache=True)
             tokens = output.logits[:, -1:].argmax(dim=-1)
         return Timing(
             prefill_seconds=prefill,
-            decode_seconds=self._now() - started_at,
+            decode_seconds=now(self.device) - started_at,
             decode_steps=generate,
             cache_tokens=context + (generate + 1) / 2,
             cache_bytes=kept / (batch * context),
         )
-
-    def _now(self) -> float:
-        if self.device != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
 
 
 def _cache_bytes(layer: Any) -> int:

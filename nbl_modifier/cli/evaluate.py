@@ -257,8 +257,7 @@ def _evaluate_in_vllm(
 def _cache(
     baseline: str, commit: str | None, args: argparse.Namespace
 ) -> ScoreCache | None:
-    import torch
-
+    from nbl_modifier.benchmark.machine import current_device
     from nbl_modifier.evaluation.cache import ScoreCache, default_folder, fingerprint
     from nbl_modifier.records.provenance import collect_versions
 
@@ -270,7 +269,7 @@ def _cache(
     settings = {
         "model": fingerprint(baseline) if local else f"{baseline}@{commit}",
         "backend": args.backend,
-        "device": str(torch.accelerator.current_accelerator() or "cpu"),
+        "device": current_device(),
         "batch_size": args.batch_size,
         "limit": args.limit,
         "max_model_len": args.max_model_len,

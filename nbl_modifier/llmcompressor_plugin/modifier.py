@@ -28,8 +28,14 @@ from transformers import PreTrainedModel
 
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.calibration import Calibration
-from nbl_modifier.calibration.cost import Cost, Progress, Settings, duration
+from nbl_modifier.calibration.cost import Cost, Progress, duration
+from nbl_modifier.calibration.forward import PartialForward, recomputes
+from nbl_modifier.calibration.layers import MeasuredLayers
+from nbl_modifier.calibration.leaderboard import Leaderboard
+from nbl_modifier.calibration.passes import Passes
+from nbl_modifier.calibration.phases import Settings
 from nbl_modifier.calibration.progress import ProgressLine, cost_of, num_windows
+from nbl_modifier.calibration.solver import LayerSolver
 from nbl_modifier.criteria import CRITERIA, TRIED
 from nbl_modifier.hf.checkpoint import check_output_directory, convert_in_place
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer, NBLConfigMixin
@@ -57,7 +63,8 @@ from nbl_modifier.search.budget import (
     frees_nothing,
 )
 from nbl_modifier.search.distillation import FEW_WINDOWS, RATES
-from nbl_modifier.search.path import Effect, Outcome, find_replacements
+from nbl_modifier.search.find import SearchOptions, find_replacements
+from nbl_modifier.search.outcome import Effect, Outcome
 
 from . import saving, smoothing
 from .followers import Followers, refuse_earlier
@@ -485,26 +492,19 @@ class NBLModifier(Modifier):
                 "layer class, or leave it unset."
             )
         model: PreTrainedModel = state.model
-        keep = len(self._candidates)
-        windows, held_out = None, frozenset[int]()
+        passes, held_out = None, frozenset[int]()
         if self._data is not None:
-            windows, held_out = windows_of(state, self._data), self._data.held_out
+            keep, held_out = len(self._candidates), self._data.held_out
+            passes = Passes(
+                PartialForward(model, self._architecture, self._progress),
+                self._architecture,
+                windows_of(state, self._data),
+                partial(self._new_calibration, model, keep, log_level="DEBUG"),
+            )
         # The basic pipeline has left this context by now.
         with calibration_forward_context(model):
             outcome = find_replacements(
-                model,
-                calibration,
-                partial(self._new_calibration, model, keep, log_level="DEBUG"),
-                windows,
-                held_out,
-                self._architecture,
-                self._budget,
-                criterion=self.criterion,
-                greedy=self.selection == "greedy",
-                refit=self.refit,
-                distill_epochs=self.distill_epochs,
-                distill_rate=self.distill_rate,
-                progress=self._progress,
+                calibration, self._search_options, passes, held_out
             )
         self._line.close()
         logger.info(
@@ -619,6 +619,7 @@ class NBLModifier(Modifier):
     def _cost(self, model: PreTrainedModel, sources: Sources) -> Cost:
         """Return what the run is going to cost."""
         layers, data = decoder_layers(model, self._architecture), sources.data
+        longest = max((b["input_ids"].shape[-1] for b in data.batches), default=0)
         settings = Settings(
             num_layers=len(layers),
             windows=num_windows(data),
@@ -632,6 +633,7 @@ class NBLModifier(Modifier):
             epochs=self.distill_epochs,
             rates=0 if self.distill_rate is not None else len(RATES),
             few=FEW_WINDOWS,
+            recomputes=recomputes(model, longest),
             measures=not sources.complete,
         )
         return cost_of(
@@ -795,6 +797,17 @@ class NBLModifier(Modifier):
         limited = self.max_perplexity_increase is not None
         return self.criterion in TRIED or limited or self.distill_epochs > 0
 
+    @property
+    def _search_options(self) -> SearchOptions:
+        return SearchOptions(
+            criterion=self.criterion,
+            budget=self._budget,
+            greedy=self.selection == "greedy",
+            refit=self.refit,
+            distill_epochs=self.distill_epochs,
+            distill_rate=self.distill_rate,
+        )
+
     def _new_calibration(
         self,
         model: PreTrainedModel,
@@ -804,18 +817,22 @@ class NBLModifier(Modifier):
         log_level: str = "INFO",
     ) -> Calibration:
         layers = decoder_layers(model, self._architecture)
-        return Calibration(
-            {index: layers[index] for index in self._candidates},
-            self._candidates,
-            self._architecture,
-            spec=self._spec,
+        solver = LayerSolver(
+            layers=MeasuredLayers(
+                {index: layers[index] for index in self._candidates},
+                self._candidates,
+                self._architecture,
+                self._spec,
+            ),
             estimator=self.estimator,
             dampening_frac=self.dampening_frac,
-            criterion=self.criterion,
-            keep=keep,
             correlations=self.canonical_correlations,
-            held_out=self._held_out,
             measure_held_out=self._holds_out,
+        )
+        return Calibration(
+            solver,
+            Leaderboard(self.criterion, keep),
+            held_out=self._held_out,
             streams=streams,
             store=store,
             log_level=log_level,

@@ -4,15 +4,33 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from nbl_modifier.benchmark import machine
-from nbl_modifier.benchmark.machine import available_bytes, device_name, free_memory
+from nbl_modifier.benchmark.machine import (
+    available_bytes,
+    current_device,
+    device_name,
+    free_memory,
+)
 
 
 def test_free_memory_is_measured() -> None:
     free = free_memory()
     assert free is not None
     assert free > 1e8
+
+
+def test_a_build_for_gpus_runs_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch for CUDA names a device without a driver, and cannot use it."""
+    accelerator, cuda = torch.accelerator, torch.device("cuda")
+    monkeypatch.setattr(accelerator, "current_accelerator", lambda: cuda)
+    monkeypatch.setattr(accelerator, "is_available", lambda: False)
+    assert current_device() == "cpu"
+    monkeypatch.setattr(accelerator, "is_available", lambda: True)
+    assert current_device() == "cuda"
 
 
 def test_unknown_memory_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

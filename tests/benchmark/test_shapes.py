@@ -22,6 +22,7 @@ from nbl_modifier.hf.configuration_nbl import (
     config_class,
     nbl_config_block,
 )
+from tests.tiny_llama import FOUR_BITS, compress, load
 from tests.tiny_models import THOROUGH, with_attention
 
 if TYPE_CHECKING:
@@ -104,6 +105,26 @@ def test_quantized_weights_count_as_stored_with_their_scales(tmp_path: Path) -> 
         "gate_proj": (32, 6, 6 * 32 + 6 * 4),
         "lm_head": (32, 10, 10 * 32 * 2),  # loaded in the dtype of the run
     }
+
+
+def test_quantized_weights_are_counted_without_files_too(
+    llama: Path, tmp_path: Path
+) -> None:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    quantizer = QuantizationModifier(config_groups=FOUR_BITS, ignore=["lm_head"])
+    compress(load(llama), quantizer, None, output_dir=str(tmp_path))
+    stored, made_up = (
+        {
+            name.removesuffix("_packed"): values
+            for name, values in by_name(tmp_path, random_weights=each).items()
+        }
+        for each in (False, True)
+    )
+    assert stored == made_up
+    # four bits, and a float32 scale for 32 of them; the head as it was
+    assert made_up["model.layers.0.self_attn.k_proj.weight"][2] == 32 * 16 // 2 + 16 * 4
+    assert made_up["lm_head.weight"][2] == 4 * 32 * 128
 
 
 @pytest.mark.parametrize("fused", [False, True])
