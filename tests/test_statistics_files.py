@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from datasets import Dataset
@@ -16,7 +17,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("kind", ["attention", "block"])
-def test_table(llama: Path, rows: Dataset, tmp_path: Path, kind: str) -> None:
+def test_table(
+    llama: Path, rows: Dataset, tmp_path: Path, kind: Literal["attention", "block"]
+) -> None:
     modifier = NBLModifier(num_layers=1, kind=kind, save_statistics=str(tmp_path))
     compress(load(llama), modifier, rows)
     header, _, model, statistics = report(str(llama), [tmp_path], 2).splitlines()
