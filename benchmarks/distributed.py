@@ -156,9 +156,9 @@ def main() -> None:
             runs[count].append(start(count, args, options))
     print(
         f"{args.layers} layers, hidden size {args.hidden_size}, {args.dtype}, "
-        f"{args.samples} x {args.length} tokens, {current_device()}, {os.cpu_count()} cores, "
-        f"{args.threads} threads per process, {args.repeats} rounds, median "
-        "(min..max)\n"
+        f"{args.samples} x {args.length} tokens, {current_device()}, "
+        f"{os.cpu_count()} cores, {args.threads} threads per process, {args.repeats} "
+        "rounds, median (min..max)\n"
     )
     print("| processes | calibration, s | times faster | of ideal | maps differ by |")
     print("|---:|---:|---:|---:|---:|")

@@ -12,6 +12,7 @@ from itertools import chain
 import torch
 from compressed_tensors.offload import (
     OffloadCache,
+    disable_onloading,
     get_cache_init_kwargs,
     get_execution_device,
     get_offloaded_device,
@@ -25,6 +26,7 @@ from nbl_modifier.hf.modeling_nbl import LowRankLinear, linearize_layer
 
 __all__ = [
     "Replacement",
+    "copied_bytes",
     "drop_restored_norms",
     "execution_device",
     "replace",
@@ -150,6 +152,26 @@ def _put(
         layers[index] = layer
         layer._modules.clear()  # first, or modules would change their order
         layer._modules.update(modules)
+
+
+def copied_bytes(model: nn.Module) -> int:
+    """
+    Return the bytes of the weights that are copied whenever they are used.
+
+    Those that llm-compressor keeps elsewhere than where they compute: on disk, or on
+    the CPU for a GPU.
+
+    :param model: any model
+    """
+    with disable_onloading():
+        return sum(
+            weight.nbytes
+            for module in model.modules()
+            if isinstance(cache := module._parameters, OffloadCache)
+            and str(cache.offload_device) != str(cache.onload_device)
+            for weight in cache.values()
+            if weight is not None
+        )
 
 
 def _discard(modules: Iterable[nn.Module]) -> None:
