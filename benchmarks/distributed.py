@@ -157,8 +157,8 @@ def main() -> None:
     print(
         f"{args.layers} layers, hidden size {args.hidden_size}, {args.dtype}, "
         f"{args.samples} x {args.length} tokens, {current_device()}, "
-        f"{os.cpu_count()} cores, {args.threads} threads per process, {args.repeats} "
-        "rounds, median (min..max)\n"
+        f"{os.cpu_count()} cores, {args.threads} threads per process, "
+        f"{args.repeats} rounds, median (min..max)\n"
     )
     print("| processes | calibration, s | times faster | of ideal | maps differ by |")
     print("|---:|---:|---:|---:|---:|")

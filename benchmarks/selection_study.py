@@ -47,8 +47,8 @@ from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.layer_statistics.windows import Batch, Windows, held_out_batches
 from nbl_modifier.replacement.surgery import Replacement
 from nbl_modifier.search.budget import Budget
+from nbl_modifier.search.choose import choose
 from nbl_modifier.search.distillation import Distillation
-from nbl_modifier.search.path import Search
 from nbl_modifier.search.trials import Trials
 
 
@@ -250,13 +250,14 @@ class Case:
         if setting not in self._orders or len(self._orders[setting]) < num_layers:
             calibration = self._calibration(setting)
             trials = self._trials if setting.criterion in TRIED else None
-            search = Search(setting.criterion, Budget(num_layers, ""), trials)
-            if setting.selection == "greedy":
-                outcome = search.greedy(calibration, self._passes(setting))
+            greedy = setting.selection == "greedy"
+            passes = self._passes(setting) if greedy else None
+            budget = Budget(num_layers, "")
+            outcome = choose(calibration, setting.criterion, budget, trials, passes)
+            self._orders[setting] = outcome.order
+            if greedy:
                 self._greedy[setting] = outcome.replacements
                 self._orders[setting] = outcome.order[:num_layers]
-            else:
-                self._orders[setting] = search.one_shot(calibration).order
         return self._orders[setting]
 
     def _calibration(self, setting: Setting) -> Calibration:

@@ -38,7 +38,7 @@ class Layer:
 LAYERS = {
     "cli": Layer(
         ours="llmcompressor_plugin benchmark evaluation report records numerics hf"
-        " architectures criteria",
+        " architectures criteria worker",
         lazy="llmcompressor huggingface_hub pydantic torch transformers datasets loguru"
         " yaml vllm lm_eval safetensors",
     ),
@@ -73,8 +73,8 @@ LAYERS = {
         lazy="transformers datasets lm_eval tqdm",
     ),
     "benchmark": Layer(
-        ours="records hf architectures kv_cache",
-        packages="torch",
+        ours="records hf architectures kv_cache worker",
+        packages="torch safetensors",
         lazy="transformers vllm",
     ),
     "report": Layer(
@@ -89,6 +89,7 @@ LAYERS = {
     "architectures": Layer(),
     "criteria": Layer(),
     "kv_cache": Layer(),
+    "worker": Layer(),
     # The facade names the modifier for type checkers; it must not run that import.
     "__init__": Layer(ours="llmcompressor_plugin"),
 }

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from nbl_modifier.worker import Connection, answer_of
 
 __all__ = ["available_bytes", "current_device", "device_name", "free_memory"]
 
@@ -19,9 +19,11 @@ def free_memory() -> int | None:
     Asked in a process of its own: on an accelerator the question itself takes memory,
     until the process that asked ends. None if it cannot be known.
     """
-    command = [sys.executable, "-m", "nbl_modifier.benchmark.machine"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return int(answer.stdout) if answer.stdout.strip().isdigit() else None
+    try:
+        free: int | None = answer_of(_tell_free, None, subject="torch")
+    except RuntimeError:
+        return None
+    return free
 
 
 def current_device() -> str:
@@ -77,10 +79,5 @@ def _lines(path: str) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
-def _main() -> None:
-    free = available_bytes(current_device())
-    sys.stdout.write("" if free is None else str(free))
-
-
-if __name__ == "__main__":
-    _main()
+def _tell_free(_: None, connection: Connection) -> None:
+    connection.send(available_bytes(current_device()))

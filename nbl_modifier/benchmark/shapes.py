@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 from nbl_modifier.kv_cache import RECURRENT
 
@@ -125,20 +126,30 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Return what a checkpoint's safetensors files hold, from their headers alone.
 
     :param folder: with ``*.safetensors``
+    :raises ValueError: if one is damaged; the message names the file
     """
     tensors: dict[str, StoredTensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                start, stop = entry["data_offsets"]
-                shape = tuple(entry["shape"])
-                if name.endswith(".weight_packed"):
-                    shape = _unpacked(shape, entry["dtype"])
-                tensors[name] = StoredTensor(shape, stop - start)
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                    tensors[name] = _stored(name, file.get_slice(name))
+        except SafetensorError as err:
+            raise ValueError(
+                f"{path}: cannot be read ({err}). Copy or make the checkpoint again."
+            ) from err
     return tensors
+
+
+def _stored(name: str, tensor: Any) -> StoredTensor:
+    shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+    # "F32", "BF16", "F8_E4M3", "I64", "BOOL"
+    digits = re.search(r"\d+", dtype)
+    bits = int(digits[0]) if digits else 8
+    nbytes = math.prod(shape) * bits // 8
+    if name.endswith(".weight_packed"):
+        shape = _unpacked(shape, dtype)
+    return StoredTensor(shape, nbytes)
 
 
 def _unpacked(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .machine import available_bytes, current_device, device_name
 from .timing import Timing, now, random_prompts
+
+if TYPE_CHECKING:
+    from .serving import Job
 
 __all__ = ["TransformersDriver"]
 
@@ -17,31 +20,31 @@ class TransformersDriver:
     """
     ``model(...)`` with a ``DynamicCache``, one call per token.
 
-    :param job: fields of ``engines.Job``
+    :param job: what to load
     """
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: Job) -> None:
         import transformers
 
         import nbl_modifier.hf
         from nbl_modifier.architectures import architecture_of
 
         nbl_modifier.hf.register()
-        config = transformers.AutoConfig.from_pretrained(job["model"])
+        config = transformers.AutoConfig.from_pretrained(job.model)
         auto_class = getattr(
             transformers, architecture_of(config.model_type).auto_class
         )
         self.device = current_device()
-        self._vocab_size = job["vocab_size"]
+        self._vocab_size = job.vocab_size
         options = {
-            "dtype": getattr(torch, job["dtype"]),
-            "attn_implementation": job["attention"],
+            "dtype": getattr(torch, job.dtype),
+            "attn_implementation": job.attention,
         }
         with torch.device(self.device):
-            if job["random_weights"]:
+            if job.random_weights:
                 model = auto_class.from_config(config, **options)
             else:
-                model = auto_class.from_pretrained(job["model"], **options)
+                model = auto_class.from_pretrained(job.model, **options)
         self._model: Any = model.eval().to(self.device)
 
     def describe(self) -> dict[str, Any]:

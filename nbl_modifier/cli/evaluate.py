@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     configs = {m: check_model(m, linearize=False) for m in (baseline, args.checkpoint)}
     output = _output_folder(args)
     if args.backend == "vllm":
-        from .workers import require_vllm
+        from .checks import require_vllm
 
         require_vllm()
     tasks = load_tasks(args.tasks or args.suite)
@@ -234,20 +234,24 @@ def _evaluate_in_vllm(
     model: str, tasks: list[Task], args: argparse.Namespace
 ) -> dict[str, TaskScores]:
     """Run one engine in a process of its own, so that it gives all memory back."""
-    import dataclasses
+    from nbl_modifier.worker import answer_of
 
-    from nbl_modifier.evaluation import TaskScores
-
-    from .workers import run_worker
+    from . import evaluate_worker
 
     job = {
         "model": model,
-        "tasks": [dataclasses.asdict(task) for task in tasks],
+        "tasks": tasks,
         "limit": args.limit,
         "max_model_len": args.max_model_len,
     }
-    answer = run_worker("evaluate_worker", model, job, debug=args.debug, progress=True)
-    return {name: TaskScores.from_fields(fields) for name, fields in answer.items()}
+    scores: dict[str, TaskScores] = answer_of(
+        evaluate_worker.main,
+        job,
+        subject=f"model {model}: vLLM",
+        show_output=args.debug,
+        show_errors=True,  # progress bars
+    )
+    return scores
 
 
 def _cache(

@@ -28,10 +28,12 @@ from transformers import PreTrainedModel
 
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.calibration import Calibration
-from nbl_modifier.calibration.cost import Cost, Progress, Settings, duration
-from nbl_modifier.calibration.forward import recomputes
+from nbl_modifier.calibration.cost import Cost, Progress, duration
+from nbl_modifier.calibration.forward import PartialForward, recomputes
 from nbl_modifier.calibration.layers import MeasuredLayers
 from nbl_modifier.calibration.leaderboard import Leaderboard
+from nbl_modifier.calibration.passes import Passes
+from nbl_modifier.calibration.phases import Settings
 from nbl_modifier.calibration.progress import ProgressLine, cost_of, num_windows
 from nbl_modifier.calibration.solver import LayerSolver
 from nbl_modifier.criteria import CRITERIA, TRIED
@@ -61,7 +63,8 @@ from nbl_modifier.search.budget import (
     frees_nothing,
 )
 from nbl_modifier.search.distillation import FEW_WINDOWS, RATES
-from nbl_modifier.search.path import Effect, Outcome, find_replacements
+from nbl_modifier.search.find import SearchOptions, find_replacements
+from nbl_modifier.search.outcome import Effect, Outcome
 
 from . import saving, smoothing
 from .followers import Followers, refuse_earlier
@@ -489,26 +492,19 @@ class NBLModifier(Modifier):
                 "layer class, or leave it unset."
             )
         model: PreTrainedModel = state.model
-        keep = len(self._candidates)
-        windows, held_out = None, frozenset[int]()
+        passes, held_out = None, frozenset[int]()
         if self._data is not None:
-            windows, held_out = windows_of(state, self._data), self._data.held_out
+            keep, held_out = len(self._candidates), self._data.held_out
+            passes = Passes(
+                PartialForward(model, self._architecture, self._progress),
+                self._architecture,
+                windows_of(state, self._data),
+                partial(self._new_calibration, model, keep, log_level="DEBUG"),
+            )
         # The basic pipeline has left this context by now.
         with calibration_forward_context(model):
             outcome = find_replacements(
-                model,
-                calibration,
-                partial(self._new_calibration, model, keep, log_level="DEBUG"),
-                windows,
-                held_out,
-                self._architecture,
-                self._budget,
-                criterion=self.criterion,
-                greedy=self.selection == "greedy",
-                refit=self.refit,
-                distill_epochs=self.distill_epochs,
-                distill_rate=self.distill_rate,
-                progress=self._progress,
+                calibration, self._search_options, passes, held_out
             )
         self._line.close()
         logger.info(
@@ -800,6 +796,17 @@ class NBLModifier(Modifier):
         """Whether the model runs over windows that are not fitted on."""
         limited = self.max_perplexity_increase is not None
         return self.criterion in TRIED or limited or self.distill_epochs > 0
+
+    @property
+    def _search_options(self) -> SearchOptions:
+        return SearchOptions(
+            criterion=self.criterion,
+            budget=self._budget,
+            greedy=self.selection == "greedy",
+            refit=self.refit,
+            distill_epochs=self.distill_epochs,
+            distill_rate=self.distill_rate,
+        )
 
     def _new_calibration(
         self,

@@ -9,7 +9,7 @@ from llmcompressor.core import State
 from pydantic import PrivateAttr
 
 from nbl_modifier.records.compression import NBLReport
-from nbl_modifier.search.path import Outcome
+from nbl_modifier.search.outcome import Outcome
 
 from .modifier import NBLModifier
 

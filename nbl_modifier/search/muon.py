@@ -100,8 +100,8 @@ def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor
 
     :param matrix: ``[rows, columns]``, floating point; zeros stay zeros
     :param dtype: of the products
-    :return: ``[rows, columns]``, dtype of ``matrix``, singular values between about 0.7 and 1.2, but for
-        those that were below a thousandth of the largest
+    :return: ``[rows, columns]``, dtype of ``matrix``, singular values between about
+        0.7 and 1.2, but for those that were below a thousandth of the largest
     """
     rows, columns = matrix.shape
     x = matrix if rows <= columns else matrix.T

@@ -174,3 +174,31 @@ def test_every_family_has_a_shape(model_type: str, tiny_models: TinyModels) -> N
     assert not any("vision" in p.name for p in model.shape.products)
     meta = load_model(str(folder), "auto", random_weights=True)
     assert meta.shape.weight_bytes == model.shape.weight_bytes
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"no header")
+    with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read"):
+        stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nbytes"),
+    [
+        (torch.float64, 8),
+        (torch.float32, 4),
+        (torch.bfloat16, 2),
+        (torch.float8_e4m3fn, 1),
+        (torch.int64, 8),
+        (torch.uint8, 1),
+        (torch.bool, 1),
+    ],
+)
+def test_bytes_are_those_of_the_dtype(
+    tmp_path: Path, dtype: torch.dtype, nbytes: int
+) -> None:
+    tensor = torch.zeros(3, 5).to(dtype)
+    save_file({"x": tensor}, tmp_path / "model.safetensors")
+    assert stored_tensors(tmp_path) == {"x": StoredTensor((3, 5), 15 * nbytes)}
+    assert tensor.nbytes == 15 * nbytes
