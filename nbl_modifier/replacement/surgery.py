@@ -18,6 +18,7 @@ from compressed_tensors.offload import (
     get_offloaded_device,
     offload_module,
 )
+from compressed_tensors.offload.cache import DiskCache
 from torch import Tensor, nn
 
 from nbl_modifier.architectures import Architecture
@@ -29,6 +30,7 @@ __all__ = [
     "copied_bytes",
     "drop_restored_norms",
     "execution_device",
+    "on_disk",
     "replace",
     "replaced",
     "weight_dtype",
@@ -172,6 +174,11 @@ def copied_bytes(model: nn.Module) -> int:
             for weight in cache.values()
             if weight is not None
         )
+
+
+def on_disk(model: nn.Module) -> bool:
+    """Return whether llm-compressor keeps some of a model's weights on disk."""
+    return any(isinstance(each._parameters, DiskCache) for each in model.modules())
 
 
 def _discard(modules: Iterable[nn.Module]) -> None:
