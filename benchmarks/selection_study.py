@@ -36,7 +36,10 @@ from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import architecture_of
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.forward import PartialForward
+from nbl_modifier.calibration.layers import MeasuredLayers
+from nbl_modifier.calibration.leaderboard import Leaderboard
 from nbl_modifier.calibration.passes import Passes
+from nbl_modifier.calibration.solver import LayerSolver
 from nbl_modifier.criteria import CRITERIA, TRIED
 from nbl_modifier.evaluation import PerplexityResult
 from nbl_modifier.evaluation.texts import pack, stdlib_texts
@@ -44,8 +47,8 @@ from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.layer_statistics.windows import Batch, Windows, held_out_batches
 from nbl_modifier.replacement.surgery import Replacement
 from nbl_modifier.search.budget import Budget
+from nbl_modifier.search.choose import choose
 from nbl_modifier.search.distillation import Distillation
-from nbl_modifier.search.path import Search
 from nbl_modifier.search.trials import Trials
 
 
@@ -247,13 +250,14 @@ class Case:
         if setting not in self._orders or len(self._orders[setting]) < num_layers:
             calibration = self._calibration(setting)
             trials = self._trials if setting.criterion in TRIED else None
-            search = Search(setting.criterion, Budget(num_layers, ""), trials)
-            if setting.selection == "greedy":
-                outcome = search.greedy(calibration, self._passes(setting))
+            greedy = setting.selection == "greedy"
+            passes = self._passes(setting) if greedy else None
+            budget = Budget(num_layers, "")
+            outcome = choose(calibration, setting.criterion, budget, trials, passes)
+            self._orders[setting] = outcome.order
+            if greedy:
                 self._greedy[setting] = outcome.replacements
                 self._orders[setting] = outcome.order[:num_layers]
-            else:
-                self._orders[setting] = search.one_shot(calibration).order
         return self._orders[setting]
 
     def _calibration(self, setting: Setting) -> Calibration:
@@ -265,15 +269,15 @@ class Case:
 
     def _passes(self, setting: Setting) -> Passes:
         def calibration(streams: Mapping[int, Tensor] | None) -> Calibration:
-            return Calibration(
+            layers = MeasuredLayers(
                 dict(enumerate(self._forward.layers)),
                 {i: self._architecture.attention_name(i) for i in self.candidates},
                 self._architecture,
-                spec=setting.spec,
-                estimator="lmmse",
-                dampening_frac=setting.dampening_frac,
-                criterion="cca_bound",
-                keep=len(self.candidates),
+                setting.spec,
+            )
+            return Calibration(
+                LayerSolver(layers=layers, dampening_frac=setting.dampening_frac),
+                Leaderboard("cca_bound", len(self.candidates)),
                 held_out=self._held_out,
                 streams=streams,
             )

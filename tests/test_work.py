@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nbl_modifier import NBLModifier, numerics
-from nbl_modifier.calibration.cost import Settings, plan
+from nbl_modifier.calibration.phases import Settings, plan
 from nbl_modifier.evaluation.texts import pack, stdlib_texts
 from nbl_modifier.layer_statistics.moments import (
     HeldoutStatistics,

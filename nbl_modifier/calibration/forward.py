@@ -59,6 +59,15 @@ class PartialForward:
         """The attention implementation that the model makes its masks for."""
         return str(self._model.config._attn_implementation)
 
+    def start(self, phase: str) -> None:
+        """
+        Tell the progress that a phase begins.
+
+        :param phase: its name, see :class:`Phase`
+        """
+        if self._progress is not None:
+            self._progress.start(phase)
+
     def parameters(self) -> Iterable[nn.Parameter]:
         """The model's."""
         return self._model.parameters()

@@ -20,8 +20,9 @@ from nbl_modifier.architectures import Architecture
 from nbl_modifier.layer_statistics.windows import Windows
 from nbl_modifier.replacement.surgery import Replacement, replaced
 
-from .calibration import BatchInFlight, Calibration
+from .calibration import Calibration
 from .forward import PartialForward
+from .observer import BatchInFlight
 
 __all__ = ["Passes"]
 

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from nbl_modifier.layer_statistics.windows import CalibrationData
 
-from .cost import Cost, Progress, Settings, plan, statistics_bytes
+from .cost import Cost, Progress, statistics_bytes
+from .phases import Settings, plan
 
 __all__ = ["ProgressLine", "cost_of", "num_windows"]
 

@@ -99,19 +99,7 @@ def open_sources(
     digest = _pooled_digest(data, ranks)
     if save_statistics is None:
         return Sources(data, None, complete=False)
-    windows = [data.batches[number] for number in sorted(data.held_out)]
-    held_out = sum(ranks.gather(sum(len(each["input_ids"]) for each in windows)))
-    version = StatisticsStore.version_in(save_statistics)
-    origin = _origin(model, data.num_samples, digest, needs, version)
-    known = ranks.alone and version == FORMAT_VERSION
-    origin = replace(
-        origin,
-        held_out=held_out,
-        windows_digest=windows_digest(windows) if known else None,
-    )
-    store = _created(save_statistics, origin, ranks)
-    if ranks.alone:
-        store.save_windows(windows)
+    store = _prepared(model, data, digest, needs, save_statistics, ranks)
     found = [index for index in candidates if index in store]
     if len(found) < len(candidates):
         _check_found(store, {index: candidates[index] for index in found}, ranks)
@@ -127,6 +115,35 @@ def open_sources(
 
 def _expanded(folder: str | None) -> str | None:
     return folder and os.path.expanduser(folder)  # noqa: PTH111  keeps ~nobody as it is
+
+
+def _prepared(
+    model: PreTrainedModel,
+    data: CalibrationData,
+    digest: str,
+    needs: Needs,
+    folder: str,
+    ranks: Ranks,
+) -> StatisticsStore:
+    """
+    Return the store to write to, new or as an interrupted calibration left it.
+
+    :param digest: of the data of all processes
+    """
+    windows = [data.batches[number] for number in sorted(data.held_out)]
+    held_out = sum(ranks.gather(sum(len(each["input_ids"]) for each in windows)))
+    version = StatisticsStore.version_in(folder)
+    origin = _origin(model, data.num_samples, digest, needs, version)
+    known = ranks.alone and version == FORMAT_VERSION
+    origin = replace(
+        origin,
+        held_out=held_out,
+        windows_digest=windows_digest(windows) if known else None,
+    )
+    store = _created(folder, origin, ranks)
+    if ranks.alone:
+        store.save_windows(windows)
+    return store
 
 
 def _reused(

@@ -14,17 +14,19 @@ from llmcompressor.utils.helpers import calibration_forward_context
 from loguru import logger
 from pydantic import Field, PrivateAttr, model_validator
 from torch import nn
-from transformers import PreTrainedModel
 
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.cost import Progress
+from nbl_modifier.calibration.forward import PartialForward
+from nbl_modifier.calibration.passes import Passes
 from nbl_modifier.calibration.progress import ProgressLine
 from nbl_modifier.hf.modeling_nbl import decoder_layers
 from nbl_modifier.layer_statistics.windows import rewind_generator
 from nbl_modifier.numerics.products import FastProducts
 from nbl_modifier.records.compression import NBLReport
 from nbl_modifier.report.tables import ranking_table
-from nbl_modifier.search.path import Outcome, find_replacements
+from nbl_modifier.search.find import find_replacements
+from nbl_modifier.search.outcome import Outcome
 
 from .followers import refuse_shared_pass
 from .options import Options
@@ -216,33 +218,21 @@ class MeasuringModifier(Options, Modifier):
     def _search(self, state: State, calibration: Calibration) -> Outcome:
         """Return which layers to replace, and by what."""
         assert self._plan is not None
-        plan = self._plan
-        model: PreTrainedModel = state.model
-        data = plan.windows(self)
-        again = partial(
-            plan.calibration,
-            self,
-            model,
-            self._progress,
-            keep=len(plan.candidates),
-            log_level="DEBUG",
-        )
+        plan, model = self._plan, state.model
+        data, passes, held_out = plan.windows(self), None, frozenset[int]()
+        if data is not None:
+            again = partial(plan.calibration, self, model, self._progress)
+            keep, held_out = len(plan.candidates), data.held_out
+            passes = Passes(
+                PartialForward(model, plan.architecture, self._progress),
+                plan.architecture,
+                windows_of(state, data),
+                lambda streams: again(keep=keep, streams=streams, log_level="DEBUG"),
+            )
         # The basic pipeline has left this context by now.
         with calibration_forward_context(model):
             return find_replacements(
-                model,
-                calibration,
-                lambda streams: again(streams=streams),
-                windows_of(state, data) if data is not None else None,
-                data.held_out if data is not None else frozenset(),
-                plan.architecture,
-                plan.budget,
-                criterion=self.criterion,
-                greedy=self.selection == "greedy",
-                refit=self.refit,
-                distill_epochs=self.distill_epochs,
-                distill_rate=self.distill_rate,
-                progress=self._progress,
+                calibration, plan.search_options(self), passes, held_out
             )
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:

@@ -17,7 +17,7 @@ from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.hf.modeling_nbl import decoder_layers
 from nbl_modifier.records.compression import NBLReport
 from nbl_modifier.replacement.surgery import drop_restored_norms, replace
-from nbl_modifier.search.path import Outcome
+from nbl_modifier.search.outcome import Outcome
 
 from . import saving, smoothing
 from .measuring import MeasuringModifier

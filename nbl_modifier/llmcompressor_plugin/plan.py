@@ -16,8 +16,12 @@ from transformers import PreTrainedModel
 
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.calibration import Calibration
-from nbl_modifier.calibration.cost import Cost, Progress, Settings
+from nbl_modifier.calibration.cost import Cost, Progress
+from nbl_modifier.calibration.layers import MeasuredLayers
+from nbl_modifier.calibration.leaderboard import Leaderboard
+from nbl_modifier.calibration.phases import Settings
 from nbl_modifier.calibration.progress import cost_of, num_windows
+from nbl_modifier.calibration.solver import LayerSolver
 from nbl_modifier.criteria import TRIED
 from nbl_modifier.hf.checkpoint import check_output_directory
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
@@ -28,6 +32,7 @@ from nbl_modifier.layer_statistics.windows import CalibrationData
 from nbl_modifier.replacement.candidates import check_model
 from nbl_modifier.search.budget import Budget
 from nbl_modifier.search.distillation import FEW_WINDOWS, RATES
+from nbl_modifier.search.find import SearchOptions
 
 from .choices import Earlier, choose_budget, choose_layers, choose_spec
 from .followers import Followers, check_recipe
@@ -109,22 +114,41 @@ class Plan:
         :param log_level: of its lines
         """
         layers = decoder_layers(model, self.architecture)
-        return Calibration(
-            {index: layers[index] for index in self.candidates},
-            self.candidates,
-            self.architecture,
-            spec=self.spec,
+        solver = LayerSolver(
+            layers=MeasuredLayers(
+                {index: layers[index] for index in self.candidates},
+                self.candidates,
+                self.architecture,
+                self.spec,
+            ),
             estimator=options.estimator,
             dampening_frac=options.dampening_frac,
-            criterion=options.criterion,
-            keep=keep,
             correlations=options.canonical_correlations,
-            held_out=self.sources.data.held_out,
             measure_held_out=options.holds_out,
+        )
+        return Calibration(
+            solver,
+            Leaderboard(options.criterion, keep),
+            held_out=self.sources.data.held_out,
             streams=streams,
             store=store,
             log_level=log_level,
             progress=progress,
+        )
+
+    def search_options(self, options: Options) -> SearchOptions:
+        """
+        Return how layers are chosen, and what is done to them afterwards.
+
+        :param options: the recipe's
+        """
+        return SearchOptions(
+            criterion=options.criterion,
+            budget=self.budget,
+            greedy=options.selection == "greedy",
+            refit=options.refit,
+            distill_epochs=options.distill_epochs,
+            distill_rate=options.distill_rate,
         )
 
 

@@ -8,7 +8,7 @@ from llmcompressor.core import State
 from pydantic import PrivateAttr, model_validator
 
 from nbl_modifier.records.compression import NBLReport
-from nbl_modifier.search.path import Outcome
+from nbl_modifier.search.outcome import Outcome
 
 from .measuring import MeasuringModifier
 

@@ -17,7 +17,7 @@ from nbl_modifier.hf.modeling_nbl import decoder_layers
 from nbl_modifier.records.compression import FORMAT_VERSION, LayerResult, NBLReport
 from nbl_modifier.records.provenance import collect_versions, utc_timestamp
 from nbl_modifier.search.budget import explain, frees_nothing
-from nbl_modifier.search.path import Effect, Outcome
+from nbl_modifier.search.outcome import Effect, Outcome
 
 from .options import Options
 from .plan import Plan

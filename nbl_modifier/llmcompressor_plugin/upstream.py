@@ -35,7 +35,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nbl_modifier.architectures import Architecture
-from nbl_modifier.calibration.calibration import BatchInFlight
+from nbl_modifier.calibration.observer import BatchInFlight
 from nbl_modifier.layer_statistics.windows import CalibrationData, Windows
 
 __all__ = [

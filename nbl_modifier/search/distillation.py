@@ -16,13 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
 from loguru import logger
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.forward import PartialForward, calling
@@ -30,14 +29,13 @@ from nbl_modifier.hf.modeling_nbl import LowRankLinear
 from nbl_modifier.layer_statistics.windows import Windows
 from nbl_modifier.replacement.surgery import Replacement, replaced
 
-from .muon import Muon, Trained
+from .muon import Muon
+from .outcome import Outcome, finite
+from .trained import ChannelSums, Inputs, TrainedGain, TrainedMap, trained_maps, using
 from .trials import OriginalLogits, Trial, Trials, divergence, target_tokens
 
-__all__ = ["FEW_WINDOWS", "RATES", "Distillation"]
+__all__ = ["FEW_WINDOWS", "RATES", "Distillation", "distill"]
 
-# Channels of x that hardly vary are trained as if they varied by this much, times the
-# root mean square over channels: their weights could grow without changing any loss.
-_LEAST_SPREAD = 1e-2
 # An epoch that brings the model nearer by less than this part is the last.
 _LEAST_GAIN = 0.01
 # After an epoch that brings it no nearer, the next one starts again at this part of the
@@ -45,11 +43,24 @@ _LEAST_GAIN = 0.01
 _LOWERED = 1 / 3
 # Of the gain of the best rate tried, what a lower one must have to be taken instead.
 _ENOUGH = 0.75
-# A step changes a gain by this part of what it changes a map by, both relative.
-_GAIN_RATE = 0.02
 #: Learning rates that are tried where none is given, each on so many windows; as many
 #: give the spread of what the maps read.
 RATES, FEW_WINDOWS = (0.03, 0.1, 0.3), 12
+
+
+@dataclass(frozen=True)
+class _Best:
+    """
+    The best there was so far.
+
+    :param replacements: by decoder layer index
+    :param trial: of the model with them and the gains
+    :param gains: of the norms, ``[d]``; empty: the original ones
+    """
+
+    replacements: Mapping[int, Replacement]
+    trial: Trial
+    gains: Mapping[nn.Module, Tensor] = field(default_factory=dict)
 
 
 class Distillation:
@@ -96,58 +107,73 @@ class Distillation:
             the model nearest to the original in a few steps
         """
         layers, architecture = self._forward.layers, self._architecture
-        kept, best = dict(replacements), self._trials.together(replacements)
-        before, kept_gains = best.kl, dict[nn.Module, Tensor]()
+        before = self._trials.together(replacements)
         for number in range(len(self._windows.batches)):
             self._original.run(number)  # while the gains are the original's
         with self._frozen(), replaced(layers, architecture, replacements) as undone:
             self._undone = undone
             inputs = self._inputs(replacements)
             if rate is None:
-                rate = self._find_rate(replacements, inputs, before)
-            maps, gains = _maps(replacements, inputs), self._gains(min(replacements))
-            for epoch in range(epochs):
-                # Each epoch anneals: what is measured at its end is at rest.
-                self._train(maps, gains, rate, self._shuffled(epoch))
-                trained = {i: each.replacement() for i, each in maps.items()}
-                trial = self._try(trained, gains)
-                gained = best.kl - trial.kl
-                logger.info(
-                    "NBL: distillation, epoch {} of at most {}: divergence from the "
-                    "original model {:.5f} on held-out windows, {:.5f} before",
-                    epoch + 1,
-                    epochs,
-                    trial.kl,
-                    before,
-                )
-                if not gained > 0:  # so, too, if it is not a number
-                    maps, rate = _maps(kept, inputs), rate * _LOWERED
-                    for gain in gains:
-                        gain.restart(kept_gains.get(gain.norm))
-                    continue
-                kept, best = trained, trial
-                kept_gains = {gain.norm: gain.stored().detach() for gain in gains}
-                if gained < _LEAST_GAIN * before:
-                    break
-        if best.kl == before:
+                rate = self._find_rate(replacements, inputs, before.kl)
+            best = self._run_epochs(_Best(replacements, before), inputs, epochs, rate)
+        for norm, values in best.gains.items():
+            update_offload_parameter(norm, "weight", values)
+        return dict(best.replacements), best.trial
+
+    def _run_epochs(
+        self, best: _Best, inputs: Inputs, epochs: int, rate: float
+    ) -> _Best:
+        """
+        Train, an epoch after the other, as long as it helps.
+
+        :param best: where to start
+        :return: the best there was
+        """
+        start, before = best.replacements, best.trial.kl
+        maps, gains = trained_maps(start, inputs), self._gains(min(start))
+        for epoch in range(epochs):
+            # Each epoch anneals: what is measured at its end is at rest.
+            self._train(maps, gains, rate, self._shuffled(epoch))
+            trained = {i: each.replacement() for i, each in maps.items()}
+            trial = self._try(trained, gains)
+            gained = best.trial.kl - trial.kl
+            logger.info(
+                "NBL: distillation, epoch {} of at most {}: divergence from the "
+                "original model {:.5f} on held-out windows, {:.5f} before",
+                epoch + 1,
+                epochs,
+                trial.kl,
+                before,
+            )
+            if not gained > 0:  # so, too, if it is not a number
+                maps, rate = trained_maps(best.replacements, inputs), rate * _LOWERED
+                for gain in gains:
+                    gain.restart(best.gains.get(gain.norm))
+                continue
+            stored = {gain.norm: gain.stored().detach() for gain in gains}
+            best = _Best(trained, trial, stored)
+            if gained < _LEAST_GAIN * before:
+                break
+        if best.trial.kl == before:
             logger.warning(
                 "NBL: distillation brought the model no nearer to the original on "
                 "held-out windows, so the maps stay as they were fitted. Use a lower "
                 "distill_rate than {:g}, or more calibration samples.",
                 rate / _LOWERED,
             )
-        for norm, values in kept_gains.items():
-            update_offload_parameter(norm, "weight", values)
-        return kept, best
+        return best
 
     def _find_rate(
-        self, replacements: Mapping[int, Replacement], inputs: _Inputs, before: float
+        self, replacements: Mapping[int, Replacement], inputs: Inputs, before: float
     ) -> float:
         """Return a rate for all windows, by what brings the model near in a few."""
         numbers = self._shuffled(0)[:FEW_WINDOWS]
         found = dict[float, float]()
         for rate in RATES:
-            maps, gains = _maps(replacements, inputs), self._gains(min(replacements))
+            maps, gains = (
+                trained_maps(replacements, inputs),
+                self._gains(min(replacements)),
+            )
             self._train(maps, gains, rate, numbers)
             trained = {i: each.replacement() for i, each in maps.items()}
             trial = self._try(trained, gains)
@@ -171,15 +197,15 @@ class Distillation:
         return best
 
     def _try(
-        self, trained: Mapping[int, Replacement], gains: Sequence[_TrainedGain]
+        self, trained: Mapping[int, Replacement], gains: Sequence[TrainedGain]
     ) -> Trial:
-        with self._undone(), _using(gains):
+        with self._undone(), using(gains):
             return self._trials.together(trained)
 
-    def _gains(self, start: int) -> list[_TrainedGain]:
+    def _gains(self, start: int) -> list[TrainedGain]:
         """Return those of the norms from a decoder layer on; the head's stays."""
         return [
-            _TrainedGain(module)
+            TrainedGain(module)
             for layer in self._forward.layers[start:]
             for module in layer.modules()
             if type(module).__name__.endswith("Norm")
@@ -195,8 +221,8 @@ class Distillation:
 
     def _train(
         self,
-        maps: Mapping[int, _TrainedMap],
-        gains: Sequence[_TrainedGain],
+        maps: Mapping[int, TrainedMap],
+        gains: Sequence[TrainedGain],
         rate: float,
         numbers: Sequence[int],
     ) -> None:
@@ -212,14 +238,14 @@ class Distillation:
                     with self._undone():
                         original = self._original.of(number)
                     batch, start = self._windows.batches[number], min(maps)
-                    with torch.enable_grad(), _using(gains):
+                    with torch.enable_grad(), using(gains):
                         logits = self._forward.differentiable_logits(batch, start)
                         (divergence(targets, logits, original) / count).backward()
                 optimizer.step()
 
-    def _inputs(self, replacements: Mapping[int, Replacement]) -> _Inputs:
+    def _inputs(self, replacements: Mapping[int, Replacement]) -> Inputs:
         """Return mean and spread of what each map reads in the linearized model."""
-        sums = {index: _ChannelSums() for index in replacements}
+        sums = {index: ChannelSums() for index in replacements}
         with ExitStack() as stack:
             for index, each in sums.items():
                 hook = self._linear(index).register_forward_pre_hook(each.hook)
@@ -241,7 +267,7 @@ class Distillation:
         return found
 
     @contextmanager
-    def _running(self, maps: Mapping[int, _TrainedMap]) -> Iterator[None]:
+    def _running(self, maps: Mapping[int, TrainedMap]) -> Iterator[None]:
         with ExitStack() as stack:
             for index, each in maps.items():
                 stack.enter_context(calling(self._linear(index), each))
@@ -260,172 +286,20 @@ class Distillation:
                 weight.requires_grad_(True)
 
 
-# Mean and standard deviation of each channel, by decoder layer index.
-_Inputs = dict[int, tuple[Tensor, Tensor]]
-
-
-class _TrainedMap:
+def distill(
+    outcome: Outcome, distillation: Distillation, epochs: int, rate: float | None
+) -> Outcome:
     """
-    A map with weights to train, in float32, for x centred and of unit variance.
+    Return the same choice with trained replacements, see :class:`Distillation`.
 
-    Otherwise channels that are large, or far from zero, would take all of a step.
-
-    :param replacement: where to start
-    :param mean: of each channel of x, ``[d_in]``, float64
-    :param spread: standard deviation of each channel, ``[d_in]``, float64
+    :param outcome: of a search, whose layers have maps
+    :param distillation: on windows of its own, tried on those of the search
+    :param epochs: how often it goes over its windows
+    :param rate: learning rate; None: found on the windows of the search
+    :raises ValueError: if the loss of the distilled model is not finite
     """
-
-    def __init__(self, replacement: Replacement, mean: Tensor, spread: Tensor) -> None:
-        assert replacement.weight is not None
-        assert replacement.bias is not None
-        self._start = replacement
-        device = mean.device
-        self._dtype = replacement.weight.dtype
-        wide = torch.promote_types(self._dtype, torch.float32)
-        least = _LEAST_SPREAD * float(spread.square().mean().sqrt())
-        self._mean = mean.to(wide)
-        self._spread = spread.clamp_min(least or 1.0).to(wide)
-
-        def parameter(values: Tensor) -> nn.Parameter:
-            return nn.Parameter(values.to(device, wide, copy=True))
-
-        reduce, self._expand = replacement.reduce, None
-        if reduce is None:
-            inner = replacement.weight
-        else:
-            inner, self._expand = reduce, parameter(replacement.weight)
-        self._inner = parameter(inner.to(device, wide) * self._spread)
-        shift = self._inner @ (self._mean / self._spread)
-        if self._expand is not None:
-            shift = self._expand @ shift
-        self._bias = parameter(replacement.bias.to(device, wide) + shift)
-
-    def trained(self, rate: float) -> list[Trained]:
-        """
-        Return the parameters and their steps.
-
-        :param rate: by how much a step may change an output, over its spread
-        """
-        d_in = len(self._mean)
-        features = float(self._inner.detach().square().sum(1).mean().sqrt())
-        steps = [Trained(self._inner, rate * features / math.sqrt(d_in))]
-        outputs = features
-        if self._expand is not None:
-            d_out, rank = self._expand.shape
-            steps.append(Trained(self._expand, rate / math.sqrt(d_out)))
-            outputs = features * math.sqrt(rank / d_out)
-        steps.append(Trained(self._bias, rate * outputs / math.sqrt(4 * d_in)))
-        return steps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return what the checkpoint's weights, rounded as they will be, make of x."""
-        weight, bias, reduce = self._stored()
-        return linear(x if reduce is None else linear(x, reduce), weight, bias)
-
-    def replacement(self) -> Replacement:
-        """Return the replacement as it is now, on the CPU."""
-        weight, bias, reduce = (
-            None if each is None else each.detach().cpu() for each in self._stored()
-        )
-        return replace(self._start, weight=weight, bias=bias, reduce=reduce)
-
-    def _stored(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """
-        Return weight, bias and ``reduce`` as of :class:`Replacement`.
-
-        The bias is that of the rounded weights: a large mean times their rounding
-        errors would shift every output, another way at each step.
-        """
-        dtype, wide = self._dtype, self._bias.dtype
-        inner = (self._inner / self._spread).to(dtype)
-        shift = inner.to(wide) @ self._mean
-        if self._expand is None:
-            weight, reduce = inner, None
-        else:
-            weight, reduce = self._expand.to(dtype), inner
-            shift = weight.to(wide) @ shift
-        return weight, (self._bias - shift).to(dtype), reduce
-
-
-class _TrainedGain:
-    """
-    The gains of a norm, to be trained in float32.
-
-    :param norm: with a weight ``[d]``
-    """
-
-    def __init__(self, norm: nn.Module) -> None:
-        self.norm = norm
-        self._start = norm.get_parameter("weight").detach()
-        wide = torch.promote_types(self._start.dtype, torch.float32)
-        self._parameter = nn.Parameter(self._start.to(wide, copy=True))
-        # Of some families a weight of zero is a gain of one.
-        ones = torch.ones_like(self._start)
-        with _shadowed(norm, torch.zeros_like(ones)), torch.no_grad():
-            neutral = float(norm(ones).norm()) > 0
-        gains = self._parameter.detach() + float(neutral)
-        self._size = float(gains.abs().mean())
-
-    def restart(self, values: Tensor | None) -> None:
-        """Go on from ``values``, ``[d]``; None: from where it started."""
-        self._parameter.data.copy_(self._start if values is None else values)
-
-    def trained(self, rate: float) -> Trained:
-        """Return the parameter and its step; ``rate`` is the maps'."""
-        return Trained(self._parameter, _GAIN_RATE * rate * self._size)
-
-    def stored(self) -> Tensor:
-        """Return what the checkpoint will hold, ``[d]``, in the model's dtype."""
-        return self._parameter.to(self._start.dtype)
-
-
-@contextmanager
-def _using(gains: Sequence[_TrainedGain]) -> Iterator[None]:
-    """Let norms compute with trained gains, differentiable in them."""
-    with ExitStack() as stack:
-        for gain in gains:
-            stack.enter_context(_shadowed(gain.norm, gain.stored()))
-        yield
-
-
-@contextmanager
-def _shadowed(norm: nn.Module, weight: Tensor) -> Iterator[None]:
-    """Let a norm see another weight, wherever its own may be."""
-    # an attribute comes before a parameter of that name
-    vars(norm)["weight"] = weight
-    try:
-        yield
-    finally:
-        del vars(norm)["weight"]
-
-
-class _ChannelSums:
-    """Mean and standard deviation of each channel of what a module is called with."""
-
-    def __init__(self) -> None:
-        self.counted = torch.ones(0, dtype=torch.bool)
-        self._count = 0
-        self._sums: Tensor | None = None
-
-    def hook(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Add a batch, ``[batch, tokens, d]``, of which the counted tokens."""
-        x = args[0][self.counted.to(args[0].device)].double()
-        sums = torch.stack((x.sum(0), x.square().sum(0)))
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._count += len(x)
-
-    def mean_and_spread(self) -> tuple[Tensor, Tensor]:
-        """Return both, ``[d]``, float64."""
-        assert self._sums is not None
-        mean, square = self._sums / self._count
-        return mean, (square - mean.square()).clamp_min(0.0).sqrt()
-
-
-def _maps(
-    replacements: Mapping[int, Replacement], inputs: _Inputs
-) -> dict[int, _TrainedMap]:
-    """Return what is trained, by decoder layer index."""
-    return {
-        index: _TrainedMap(replacement, *inputs[index])
-        for index, replacement in replacements.items()
-    }
+    trained, trial = distillation.run(outcome.replacements, epochs, rate)
+    assert outcome.heldout is not None
+    distilled = finite(trial.loss, "of the distilled model")
+    heldout = replace(outcome.heldout, distilled=distilled.perplexity)
+    return replace(outcome, replacements=trained, heldout=heldout)

@@ -62,7 +62,7 @@ def test_bars_are_back_after_a_run_that_failed(
         raise RuntimeError("on purpose")
 
     monkeypatch.setattr(
-        "nbl_modifier.calibration.calibration.LayerStatistics.update", fail
+        "nbl_modifier.calibration.observer.LayerStatistics.update", fail
     )
     with pytest.raises(RuntimeError, match="on purpose"):
         compress(load(llama), [NBLModifier(num_layers=1)], token_rows())

@@ -23,7 +23,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
 import nbl_modifier.llmcompressor_plugin.modifier
 from nbl_modifier import NBLModifier
-from nbl_modifier.calibration.calibration import Calibration
+from nbl_modifier.calibration.observer import LayerObserver
 from tests.followers import FAMILIES, FOLLOWERS, TinyModels
 from tests.tiny_llama import compress, linearized, load, logits_of, tensors_in
 
@@ -82,13 +82,13 @@ def test_attention_is_causal_in_calibration(
     family: str,
 ) -> None:
     seen: dict[int, list[Tensor]] = {}
-    original = Calibration._see_attention
+    original = LayerObserver._see_attention
 
     def record(self: Any, state: Any, index: int, *args: Any) -> None:
         seen.setdefault(index, []).append(args[-1][0][0])
         original(self, state, index, *args)
 
-    monkeypatch.setattr(Calibration, "_see_attention", record)
+    monkeypatch.setattr(LayerObserver, "_see_attention", record)
     expected = plain_outputs(load(tiny_models(family)), rows)
     watch = Watch()
     # Layer 3 is last: what the later modifier sees before it is the base model's.
@@ -169,13 +169,13 @@ def test_attention_is_fused_in_calibration(
     expected: list[str],
 ) -> None:
     seen: list[list[str]] = []
-    original = Calibration._see_attention
+    original = LayerObserver._see_attention
 
     def record(*args: Any) -> None:
         seen.append(implementations(model))
         original(*args)
 
-    monkeypatch.setattr(Calibration, "_see_attention", record)
+    monkeypatch.setattr(LayerObserver, "_see_attention", record)
     model = load(tiny_models(family), attn_implementation=loaded_with)
     kept = [layer.self_attn for layer in model.model.layers]
     compress(model, [NBLModifier(layers=[3])], rows)
@@ -194,7 +194,7 @@ def test_attention_is_the_models_own_after_a_failed_run(
     model = load(tiny_models("llama"))
     kept = [layer.self_attn for layer in model.model.layers]
     with monkeypatch.context() as patched:
-        patched.setattr(Calibration, "_see_attention", fail)
+        patched.setattr(LayerObserver, "_see_attention", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             compress(model, NBLModifier(num_layers=1), rows)
     # A failed run's modifiers are finalized when the next begins.

@@ -1,20 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of the KV cache is the formula's; what is not known is refused."""
-
-from typing import Any
+"""The size of the KV cache is the formula's, and what vLLM allots its own."""
 
 import pytest
 
 from nbl_modifier.kv_cache import Engine, KVCache, LayerCache, format_bytes
+from tests.kv_cache.shapes import GATED_DELTA_NET, LLAMA
 
-# meta-llama/Llama-3.1-8B
-LLAMA: dict[str, Any] = {
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "hidden_size": 4096,
-    "dtype": "bfloat16",
-}
 GIB = 1024**3
 
 
@@ -40,71 +31,6 @@ def test_dropped_blocks_count_in_the_base_model() -> None:
     assert KVCache.of_base_model(config, 32).size(64) == sizes[1]
 
 
-def test_head_dim_goes_before_the_hidden_size() -> None:
-    config = LLAMA | {"head_dim": 256}
-    assert KVCache.from_config(config).size(1) == 2 * KVCache.from_config(LLAMA).size(1)
-
-
-def test_multi_head_attention_caches_every_head() -> None:
-    config = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
-    assert KVCache.from_config(config).size(1) == 4 * KVCache.from_config(LLAMA).size(1)
-
-
-def test_quantized_cache_is_that_of_the_checkpoint_only() -> None:
-    scheme = {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}
-    config = LLAMA | {"quantization_config": scheme}
-    assert KVCache.from_config(config).size(1) * 2 == KVCache.from_config(LLAMA).size(1)
-    assert KVCache.of_base_model(config, 32) == KVCache.from_config(LLAMA)
-
-
-def test_sliding_layers_keep_their_window() -> None:
-    kinds = ["sliding_attention", "full_attention"] * 16
-    cache = KVCache.from_config(LLAMA | {"sliding_window": 100, "layer_types": kinds})
-    assert not cache.is_uniform
-    per_token = KVCache.from_config(LLAMA).size(1) / 32
-    assert cache.size(50) == 32 * 50 * per_token
-    assert cache.size(300) == (16 * 100 + 16 * 300) * per_token
-
-
-def test_sliding_window_that_is_switched_off() -> None:
-    config = LLAMA | {"sliding_window": 100, "use_sliding_window": False}
-    assert KVCache.from_config(config) == KVCache.from_config(LLAMA)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden_size": None}, "no hidden_size"),
-        ({"dtype": "int7"}, "dtype is 'int7'"),
-        ({"layer_types": ["hyena"] * 32}, "layer_types has hyena"),
-        ({"layer_types": ["mamba"] * 32}, "no mamba_n_heads"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "2 of 32 layers"),
-    ],
-)
-def test_unknown_size_is_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        KVCache.from_config(LLAMA | change)
-
-
-def test_latent_keys_and_values_count_once() -> None:
-    """DeepSeek V3: 512 numbers that all heads share, and a key of 64 for positions."""
-    cache = KVCache.from_config(LLAMA | {"kv_lora_rank": 512, "qk_rope_head_dim": 64})
-    assert cache.size(1) == 32 * 576 * 2
-
-
-def test_layers_may_be_of_different_size_or_share_an_earlier_one() -> None:
-    """Gemma 4, as transformers writes it and as it was published."""
-    kinds = ["sliding_attention", "full_attention"] * 16
-    config = LLAMA | {"head_dim": 128, "sliding_window": 64, "layer_types": kinds}
-    special = {f"{i:02}": {"head_dim": 512} for i in range(1, 32, 2)}
-    cache = KVCache.from_config(config | {"per_layer_config": special})
-    assert cache == KVCache.from_config(config | {"global_head_dim": 512})
-    small = KVCache.from_config(config)
-    assert cache.size(64) == small.size(64) * (1 + 4) / 2
-    shared = KVCache.from_config(config | {"num_kv_shared_layers": 30})
-    assert shared == small.without(range(2, 32))
-
-
 # --- as vLLM allots it ----------------------------------------------------------------
 
 
@@ -117,8 +43,6 @@ def sliding(full: int, other: int, window: int, per_token: float = 4096) -> KVCa
     return hybrid(full, other, LayerCache(4096, window), per_token)
 
 
-# 48 value heads of 128 x 128 in float32, and what a convolution remembers.
-GATED_DELTA_NET = LayerCache(0, None, 48 * 128 * 128 * 4 + 3 * 10240 * 2, 2)
 SHAPES = {
     "Gemma-2-9B": sliding(21, 21, 4096),
     "Gemma-3-27B": sliding(10, 52, 1024),
@@ -163,31 +87,6 @@ def test_sequences_that_fit_as_vllm_0_33_computes_them(
             engine = Engine(prefix_caching=False)
             found = base.allotted(length, engine) / cache.allotted(length, engine)
             assert found == pytest.approx(expected, abs=0.006)
-
-
-def test_recurrent_state_of_published_shapes() -> None:
-    kinds = ["linear_attention"] * 3 + ["full_attention"]
-    config = LLAMA | {
-        "layer_types": kinds * 8,
-        "linear_num_value_heads": 48,
-        "linear_num_key_heads": 16,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
-    }
-    cache = KVCache.from_config(config)
-    assert cache.layers[0] == GATED_DELTA_NET
-    assert cache.layers[3] == LayerCache(4096)
-    granite = {
-        "mamba_n_heads": 128,
-        "mamba_d_head": 64,
-        "mamba_d_state": 256,
-        "mamba_n_groups": 1,
-        "mamba_d_conv": 4,
-    }
-    kinds = ["mamba", "attention"] * 16
-    first = KVCache.from_config(LLAMA | granite | {"layer_types": kinds}).layers[0]
-    assert first == LayerCache(0, None, 3 * (8192 + 512) * 2 + 8192 * 256 * 2, 3)
 
 
 def test_cached_prefixes_take_more_states() -> None:

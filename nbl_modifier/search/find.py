@@ -1,0 +1,81 @@
+"""A search from end to end: choose layers, fit them again, train them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from nbl_modifier.calibration.calibration import Calibration
+from nbl_modifier.calibration.passes import Passes
+
+from .budget import Budget
+from .choose import choose
+from .distillation import Distillation, distill
+from .outcome import Outcome
+from .refit import refit
+from .trials import Trials
+
+__all__ = ["SearchOptions", "find_replacements"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """
+    How layers are chosen, and what is done to them afterwards.
+
+    :param criterion: a key of :data:`CRITERIA`
+    :param budget: when to stop
+    :param greedy: whether to rank again after each replacement
+    :param refit: whether to fit the chosen ones again
+    :param distill_epochs: how often to go over the windows to train them in the end
+    :param distill_rate: learning rate of that; None: found on held-out windows
+    """
+
+    criterion: str
+    budget: Budget
+    greedy: bool = False
+    refit: bool = False
+    distill_epochs: int = 0
+    distill_rate: float | None = None
+
+
+def find_replacements(
+    calibration: Calibration,
+    options: SearchOptions,
+    passes: Passes | None = None,
+    held_out: Collection[int] = (),
+) -> Outcome:
+    """
+    Choose layers, and fit them again, or train them, if asked for.
+
+    Call it where calibration passes may run.
+
+    :param calibration: what the pass over the model measured
+    :param options: what is asked for
+    :param passes: over the calibration windows; None: everything can be told from
+        ``calibration``
+    :param held_out: numbers of the windows to measure losses on
+    :raises ValueError: if no layer fits the budget, or a loss is not finite
+    """
+    criterion, budget = options.criterion, options.budget
+    if passes is None:
+        return choose(calibration, criterion, budget)
+    forward, windows = passes.forward, passes.windows
+    architecture = passes.architecture
+    forward.start("selection")
+    trials = None
+    if held_out:
+        trials = Trials(forward, architecture, windows.select(held_out))
+    again = passes if options.greedy else None
+    outcome = choose(calibration, criterion, budget, trials, again)
+    if options.refit:
+        forward.start("refit")
+        outcome = refit(outcome, passes, trials)
+    if options.distill_epochs:
+        assert trials is not None
+        forward.start("distillation")
+        fitted_on = windows.select(set(range(len(windows.batches))) - set(held_out))
+        distillation = Distillation(forward, architecture, fitted_on, trials)
+        epochs, rate = options.distill_epochs, options.distill_rate
+        outcome = distill(outcome, distillation, epochs, rate)
+    return outcome
