@@ -49,7 +49,7 @@ SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help env env-compress env-serve demo demo-llm test unit core integration \
-	integration-versions support-table lint typecheck format bench build clean
+	integration-versions support-table lint typecheck format bench bench-gpu build clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-21s %s\n", $$1, $$2}' Makefile
@@ -103,6 +103,12 @@ format: env-compress  ## Fix what ruff can fix
 
 bench: env-compress  ## Calibration and solver against their baselines
 	$(COMPRESS_PY) benchmarks/calibration.py
+
+# In the environment at hand, whose torch fits the GPU; see requirements/gpu.txt.
+GPU_PYTHON ?= python3
+GPU_ARGS ?=
+bench-gpu:  ## What docs/performance.md needs a GPU for, in GPU_PYTHON's environment
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) benchmarks/on_gpu.py $(GPU_ARGS)
 
 build: env-compress  ## Wheel in dist/
 	$(COMPRESS_PY) -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -23,11 +23,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import runpy
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,10 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from nbl_modifier import NBLModifier
+from nbl_modifier.benchmark.timing import now
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "models" / "pycode-4m"
 
@@ -92,8 +93,9 @@ class Benchmark:
             max_position_embeddings=max(2048, args.length),
         )
         config.save_pretrained(folder)
-        dtype = getattr(torch, args.dtype)
-        self.model = LlamaForCausalLM(config).to(args.device, dtype).eval()
+        with torch.device(args.device):  # 8B weights are made in no time on a GPU
+            model = AutoModelForCausalLM.from_config(config, dtype=args.dtype)
+        self.model: Any = model.eval()
         self.model.config._name_or_path = folder
         tokens = torch.randint(0, args.vocab_size, (args.samples, args.length))
         self.batches = tokens.to(args.device).split(args.batch_size)
@@ -105,12 +107,11 @@ class Benchmark:
 
     def forward(self) -> dict[str, float]:
         """Run the model over the calibration set."""
-        started_at = time.perf_counter()
+        started_at = now(self.args.device)
         with torch.no_grad():
             for batch in self.batches:
                 self.model(input_ids=batch)
-        self._wait()
-        return {"seconds": time.perf_counter() - started_at}
+        return {"seconds": now(self.args.device) - started_at}
 
     def pipeline(self) -> dict[str, float]:
         """Run llm-compressor's pipeline without statistics."""
@@ -125,15 +126,18 @@ class Benchmark:
         return self._nbl(SecondPassNBLModifier)
 
     def _nbl(self, kind: type[NBLModifier]) -> dict[str, float]:
-        modifier = kind(num_layers=self.args.num_layers, input=self.args.input)
+        fields: dict[str, Any] = {"num_layers": self.args.num_layers}
+        if self.args.input is not None:
+            fields["input"] = self.args.input
+        modifier = kind(**(fields | self.args.modifier))
         seconds = self._oneshot(modifier)
         assert modifier.report is not None
         own = sum(layer.seconds for layer in modifier.report.layers)
-        return {"seconds": seconds, "own": own}
+        return {"seconds": seconds, "own": own, "passes": modifier._progress.passes}
 
     def _oneshot(self, recipe: Modifier, **kwargs: Any) -> float:
         model = copy.deepcopy(self.model)
-        started_at = time.perf_counter()
+        started_at = now(self.args.device)
         oneshot(
             model=model,
             processor=self.tokenizer,
@@ -145,12 +149,7 @@ class Benchmark:
             shuffle_calibration_samples=False,
             **kwargs,
         )
-        self._wait()
-        return time.perf_counter() - started_at
-
-    def _wait(self) -> None:
-        if self.args.device != "cpu":
-            torch.accelerator.synchronize()
+        return now(self.args.device) - started_at
 
 
 def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
@@ -171,8 +170,9 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
         if args.quick:
             del steps["pipeline"], steps["second pass"]
         whole = bench.batches, bench.dataset, args.samples
-        # One batch each, but for NBL, which wants more tokens than dimensions.
-        args.samples = min(args.samples, 1 + args.hidden_size // args.length)
+        # One batch each, but for NBL, which wants more tokens than dimensions, beside
+        # those that it holds out.
+        args.samples = min(args.samples, 2 + 2 * args.hidden_size // args.length)
         bench.batches = bench.batches[:1]
         for step in steps.values():
             step()
@@ -221,6 +221,12 @@ def print_calibration(args: argparse.Namespace) -> None:
         pairs = zip(seconds[name], seconds["forward"], strict=True)
         ratios = [mine / plain for mine, plain in pairs]
         print(f"{label:34s}{summary(ratios, 'x')}")
+        if name == "NBL" and args.modifier:
+            passes = statistics.median(r["passes"] for r in results["NBL"])
+            each = [ratio / passes for ratio in ratios]
+            print(
+                f"{f'    for each of its {passes:.1f} passes':34s}{summary(each, 'x')}"
+            )
 
 
 def print_solver(d: int, device: str, repeats: int) -> None:
@@ -264,7 +270,16 @@ def parse_args() -> argparse.Namespace:
     add("--device", "cpu", "cpu or an accelerator")
     add("--num-layers", 4, "layers to replace")
     parser.add_argument(
-        "--input", choices=["residual", "normalized"], default="residual"
+        "--input",
+        choices=["residual", "normalized"],
+        help="what the maps read (the modifier's default)",
+    )
+    parser.add_argument(
+        "--modifier",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='more fields of NBLModifier, such as \'{"preset": "best"}\'',
     )
     add("--repeats", 3, "rounds")
     parser.add_argument("--quick", action="store_true", help="only (a) and (b)")

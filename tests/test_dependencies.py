@@ -114,6 +114,7 @@ def test_neighbours_keep_their_versions(
     }
     assert not changed
     assert {"torch", "transformers", "safetensors"} <= alone.keys()
+    assert {"pydantic", "jinja2"} <= alone.keys()
 
 
 def test_an_upper_bound_would_be_noticed() -> None:

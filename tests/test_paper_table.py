@@ -17,7 +17,7 @@ import torch
 from nbl_modifier.evaluation import PerplexityResult, perplexity
 from nbl_modifier.evaluation.perplexity import summarize
 from nbl_modifier.evaluation.texts import stdlib_texts
-from nbl_modifier.report.methods_table import METHODS_FILE_NAME, MethodsTable
+from nbl_modifier.records.methods import METHODS_FILE_NAME, MethodsTable
 from tests.tiny_llama import DEMO_MODEL, demo_tokenizer, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from llmcompressor import oneshot
 from torch import Tensor, nn
 
 from nbl_modifier import NBLModifier, numerics
 from nbl_modifier.calibration.phases import Settings, plan
 from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.layer_statistics import store
 from nbl_modifier.layer_statistics.moments import (
     HeldoutStatistics,
     LayerMoments,
@@ -307,3 +309,37 @@ def test_as_much_memory_as_stated(tmp_path: Path, fields: dict[str, Any]) -> Non
     stated = modifier._progress.cost.statistics_bytes
     other = (2 * (64 + 1) + 3 * 192) * 256 * 8
     assert 0.9 * stated < memory.peak < stated + other
+
+
+@pytest.mark.parametrize(
+    ("fields", "factorizations"), [({}, 2), ({"input": "normalized"}, 3)], ids=str
+)
+def test_a_choice_from_statistics_takes_what_solving_takes(
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    factorizations: int,
+) -> None:
+    """Each file is read once, each layer is solved once, and the model never runs."""
+    kept = NBLModifier(num_layers=1, save_statistics=str(tmp_path), **fields)
+    compress(load(llama), [kept], token_rows(16, 64))
+    read = Counter[str]()
+    original = store.load_file
+
+    def counted(path: Path) -> dict[str, Tensor]:
+        read[path.name] += 1
+        return original(path)
+
+    monkeypatch.setattr(store, "load_file", counted)
+    model = load(llama)
+    windows = WindowCounter(model)
+    modifier = NBLModifier(num_layers=2, statistics=str(tmp_path), **fields)
+    with CountCalls() as counter:
+        oneshot(model=model, recipe=modifier)
+    assert modifier.report is not None
+    assert windows.windows == 0
+    assert read == {f"layer-{index:05}.safetensors": 1 for index in range(4)}
+    assert counter.calls["aten.linalg_cholesky_ex"] == 4 * factorizations
+    for costly in ("linalg_eigh", "_linalg_eigh", "_linalg_svd", "linalg_inv_ex"):
+        assert f"aten.{costly}" not in counter.calls

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["available_bytes", "device_name", "free_memory"]
+from nbl_modifier.worker import Connection, answer_of
+
+__all__ = ["available_bytes", "current_device", "device_name", "free_memory"]
 
 
 def free_memory() -> int | None:
@@ -19,9 +19,25 @@ def free_memory() -> int | None:
     Asked in a process of its own: on an accelerator the question itself takes memory,
     until the process that asked ends. None if it cannot be known.
     """
-    command = [sys.executable, "-m", "nbl_modifier.benchmark.machine"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    return int(answer.stdout) if answer.stdout.strip().isdigit() else None
+    try:
+        free: int | None = answer_of(_tell_free, None, subject="torch")
+    except RuntimeError:
+        return None
+    return free
+
+
+def current_device() -> str:
+    """
+    Return the type of the accelerator as torch names it, ``cpu`` if there is none.
+
+    A build of torch that could use one says which also where there is none.
+    """
+    import torch
+
+    device = torch.accelerator.current_accelerator()
+    if device is None or not torch.accelerator.is_available():
+        return "cpu"
+    return device.type
 
 
 def device_name(device: str) -> str:
@@ -63,13 +79,5 @@ def _lines(path: str) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
-def _main() -> None:
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator()
-    free = available_bytes("cpu" if accelerator is None else accelerator.type)
-    sys.stdout.write("" if free is None else str(free))
-
-
-if __name__ == "__main__":
-    _main()
+def _tell_free(_: None, connection: Connection) -> None:
+    connection.send(available_bytes(current_device()))

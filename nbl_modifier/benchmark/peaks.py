@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
 from torch.nn.functional import linear
 
 from .roofline import Machine
+from .timing import now
 
 __all__ = ["measure_peaks"]
 
@@ -50,16 +50,13 @@ def measure_peaks(device: str, dtype: torch.dtype, working_set: float) -> Machin
 
 def _best_seconds(action: Callable[[], object], device: str) -> float:
     """Return the least time of one call, over rounds of many."""
-    synchronize = torch.accelerator.synchronize if device != "cpu" else lambda: None
     action()
-    synchronize()
     calls, best = 1, float("inf")
     for _ in range(_ROUNDS):
-        started_at = time.perf_counter()
+        started_at = now(device)
         for _ in range(calls):
             action()
-        synchronize()
-        seconds = (time.perf_counter() - started_at) / calls
+        seconds = (now(device) - started_at) / calls
         best = min(best, seconds)
         calls = max(1, int(_ROUND_SECONDS / best))
     return best

@@ -6,8 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from .engines import Loaded
 from .roofline import Kernel
+from .serving import Loaded
 from .shapes import Model
 from .timing import Timing
 
@@ -37,7 +37,7 @@ class Grid:
 @dataclass(frozen=True)
 class Settings:
     """
-    How to measure; the fields of :class:`~.engines.Job` that both models share.
+    How to measure; the fields of :class:`~.serving.Job` that both models share.
 
     :param together: both engines in memory at once, so that they are measured within
         moments of each other; otherwise one after the other, anew in each round. None:

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 from nbl_modifier.records.speed import SpeedReport
 
-from .engines import Engine, EngineError, Job
+from .engines import Engine
 from .limits import fit_together, reason_to_skip
 from .machine import free_memory
 from .plan import Benchmark, Cell, Grid, Settings
+from .serving import EngineError, Job
 from .shapes import Model
 from .summary import make_report
 

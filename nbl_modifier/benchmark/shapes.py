@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 from nbl_modifier.kv_cache import RECURRENT
 
@@ -93,7 +94,9 @@ def load_model(name: str, dtype: str, *, random_weights: bool) -> Model:
             "--dtype."
         )
     width = _ITEMSIZE[dtype]
-    tensors = _meta_tensors(whole) if random_weights else stored_tensors(_folder(name))
+    tensors = (
+        _meta_tensors(whole, width) if random_weights else stored_tensors(_folder(name))
+    )
     if not tensors:
         raise ValueError(
             f"model {name}: has no *.safetensors files. Save it with save_pretrained, "
@@ -123,20 +126,30 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Return what a checkpoint's safetensors files hold, from their headers alone.
 
     :param folder: with ``*.safetensors``
+    :raises ValueError: if one is damaged; the message names the file
     """
     tensors: dict[str, StoredTensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                start, stop = entry["data_offsets"]
-                shape = tuple(entry["shape"])
-                if name.endswith(".weight_packed"):
-                    shape = _unpacked(shape, entry["dtype"])
-                tensors[name] = StoredTensor(shape, stop - start)
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  # it is no mapping
+                    tensors[name] = _stored(name, file.get_slice(name))
+        except SafetensorError as err:
+            raise ValueError(
+                f"{path}: cannot be read ({err}). Copy or make the checkpoint again."
+            ) from err
     return tensors
+
+
+def _stored(name: str, tensor: Any) -> StoredTensor:
+    shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+    # "F32", "BF16", "F8_E4M3", "I64", "BOOL"
+    digits = re.search(r"\d+", dtype)
+    bits = int(digits[0]) if digits else 8
+    nbytes = math.prod(shape) * bits // 8
+    if name.endswith(".weight_packed"):
+        shape = _unpacked(shape, dtype)
+    return StoredTensor(shape, nbytes)
 
 
 def _unpacked(shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
@@ -234,7 +247,7 @@ def _with_shards(name: str, found: Path) -> Path:
     return found.parent
 
 
-def _meta_tensors(config: PretrainedConfig) -> dict[str, StoredTensor]:
+def _meta_tensors(config: PretrainedConfig, width: int) -> dict[str, StoredTensor]:
     import torch
     import transformers
 
@@ -243,10 +256,41 @@ def _meta_tensors(config: PretrainedConfig) -> dict[str, StoredTensor]:
     auto_class = getattr(transformers, architecture_of(config.model_type).auto_class)
     with torch.device("meta"):
         model = auto_class.from_config(config)
-    return {
+    tensors = {
         name: StoredTensor(tuple(weight.shape), weight.nbytes)
         for name, weight in model.named_parameters()
     }
+    return tensors | _quantized(tensors, _quantization(config), width)
+
+
+def _quantized(
+    tensors: Mapping[str, StoredTensor], quantization: dict[str, Any], width: int
+) -> dict[str, StoredTensor]:
+    """
+    Return the matrices of ``Linear`` as a quantized checkpoint has them, with scales.
+
+    :param tensors: of the model in full precision, by name
+    :param quantization: of the model's configuration, as llm-compressor writes it
+    :param width: bytes of a scale
+    """
+    found: dict[str, StoredTensor] = {}
+    for group in quantization.get("config_groups", {}).values():
+        weights, ignored = group.get("weights"), quantization.get("ignore", ())
+        for name, tensor in tensors.items():
+            module, _, leaf = name.rpartition(".")
+            is_linear = _LAYER.search(name) and leaf == "weight"
+            if not (weights and is_linear) or len(tensor.shape) != 2:
+                continue
+            if module in ignored:
+                continue
+            outputs, inputs = tensor.shape
+            scales = (outputs, inputs // (weights.get("group_size") or inputs))
+            nbytes = outputs * inputs * weights["num_bits"] // 8
+            found[name] = StoredTensor(tensor.shape, nbytes)
+            found[f"{module}.weight_scale"] = StoredTensor(
+                scales, width * math.prod(scales)
+            )
+    return found
 
 
 def _linearized(config: Any) -> tuple[int, ...]:
@@ -277,8 +321,10 @@ def _attentions(config: Any, linearized: tuple[int, ...]) -> tuple[AttentionShap
 
 
 def _kv_bytes(config: Any, activation_bytes: int) -> int:
-    quantization = getattr(config, "quantization_config", None) or {}
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    scheme = quantization.get("kv_cache_scheme") or {}
+    scheme = _quantization(config).get("kv_cache_scheme") or {}
     return scheme.get("num_bits", 8 * activation_bytes) // 8
+
+
+def _quantization(config: Any) -> dict[str, Any]:
+    quantization = getattr(config, "quantization_config", None) or {}
+    return quantization if isinstance(quantization, dict) else quantization.to_dict()

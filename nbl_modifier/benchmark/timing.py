@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import torch
 
-__all__ = ["Timing", "random_prompts"]
+__all__ = ["Timing", "now", "random_prompts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,17 @@ class Timing:
     decode_steps: int
     cache_tokens: float
     cache_bytes: float | None
+
+
+def now(device: str) -> float:
+    """
+    Return the time in seconds, once the device has done all that it was given.
+
+    :param device: such as ``cpu`` or ``cuda``
+    """
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def random_prompts(

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .machine import available_bytes, device_name
-from .timing import Timing, random_prompts
+from .machine import available_bytes, current_device, device_name
+from .timing import Timing, now, random_prompts
+
+if TYPE_CHECKING:
+    from .serving import Job
 
 __all__ = ["TransformersDriver"]
 
@@ -18,32 +20,31 @@ class TransformersDriver:
     """
     ``model(...)`` with a ``DynamicCache``, one call per token.
 
-    :param job: fields of ``engines.Job``
+    :param job: what to load
     """
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: Job) -> None:
         import transformers
 
         import nbl_modifier.hf
         from nbl_modifier.architectures import architecture_of
 
         nbl_modifier.hf.register()
-        config = transformers.AutoConfig.from_pretrained(job["model"])
+        config = transformers.AutoConfig.from_pretrained(job.model)
         auto_class = getattr(
             transformers, architecture_of(config.model_type).auto_class
         )
-        accelerator = torch.accelerator.current_accelerator()
-        self.device = "cpu" if accelerator is None else accelerator.type
-        self._vocab_size = job["vocab_size"]
+        self.device = current_device()
+        self._vocab_size = job.vocab_size
         options = {
-            "dtype": getattr(torch, job["dtype"]),
-            "attn_implementation": job["attention"],
+            "dtype": getattr(torch, job.dtype),
+            "attn_implementation": job.attention,
         }
         with torch.device(self.device):
-            if job["random_weights"]:
+            if job.random_weights:
                 model = auto_class.from_config(config, **options)
             else:
-                model = auto_class.from_pretrained(job["model"], **options)
+                model = auto_class.from_pretrained(job.model, **options)
         self._model: Any = model.eval().to(self.device)
 
     def describe(self) -> dict[str, Any]:
@@ -62,28 +63,23 @@ class TransformersDriver:
         """Time the prompts' forward pass, then ``generate`` greedy steps."""
         prompts = random_prompts(self._vocab_size, batch, context, seed)
         tokens = torch.tensor(prompts, device=self.device)
-        started_at = self._now()
+        started_at = now(self.device)
         output = self._model(tokens, use_cache=True, logits_to_keep=1)
         tokens = output.logits[:, -1:].argmax(dim=-1)
-        prefill = self._now() - started_at
+        prefill = now(self.device) - started_at
         cache = output.past_key_values
         kept = sum(_cache_bytes(layer) for layer in cache.layers)
-        started_at = self._now()
+        started_at = now(self.device)
         for _ in range(generate):
             output = self._model(tokens, past_key_values=cache, use_cache=True)
             tokens = output.logits[:, -1:].argmax(dim=-1)
         return Timing(
             prefill_seconds=prefill,
-            decode_seconds=self._now() - started_at,
+            decode_seconds=now(self.device) - started_at,
             decode_steps=generate,
             cache_tokens=context + (generate + 1) / 2,
             cache_bytes=kept / (batch * context),
         )
-
-    def _now(self) -> float:
-        if self.device != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
 
 
 def _cache_bytes(layer: Any) -> int:

@@ -6,10 +6,13 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .machine import available_bytes, device_name
 from .timing import Timing, random_prompts
+
+if TYPE_CHECKING:
+    from .serving import Job
 
 __all__ = ["VLLMDriver"]
 
@@ -18,10 +21,10 @@ class VLLMDriver:
     """
     vLLM's engine in this process.
 
-    :param job: fields of ``engines.Job``
+    :param job: what to load
     """
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: Job) -> None:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # The engine in this process: a step then ends when its tokens are here.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -31,27 +34,27 @@ class VLLMDriver:
 
         on_cpu = current_platform.is_cpu()
         if on_cpu:
-            if job["kv_cache_gib"] is not None:
-                os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(job["kv_cache_gib"])
+            if job.kv_cache_gib is not None:
+                os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(job.kv_cache_gib)
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self.device = current_platform.device_type
-        self._vocab_size = job["vocab_size"]
+        self._vocab_size = job.vocab_size
         settings = {
-            "dtype": job["dtype"],
-            "max_model_len": job["max_model_len"],
-            "max_num_seqs": job["max_batch"],
-            "enforce_eager": job["eager"],
+            "dtype": job.dtype,
+            "max_model_len": job.max_model_len,
+            "max_num_seqs": job.max_batch,
+            "enforce_eager": job.eager,
             "skip_tokenizer_init": True,
             # The decode run finds the prompt of the prefill run in the cache. Prompts
             # of different runs have nothing in common. Without any attention layer
             # vLLM has no cache to look into.
-            "enable_prefix_caching": job["has_attention"],
-            "load_format": "dummy" if job["random_weights"] else "auto",
+            "enable_prefix_caching": job.has_attention,
+            "load_format": "dummy" if job.random_weights else "auto",
         }
         if not on_cpu:
-            settings["gpu_memory_utilization"] = job["memory_fraction"]
-        self._llm = LLM(model=job["model"], **(settings | job["engine_args"]))
+            settings["gpu_memory_utilization"] = job.memory_fraction
+        self._llm = LLM(model=job.model, **(settings | job.engine_args))
         self._numbers = itertools.count()
 
     def describe(self) -> dict[str, Any]:

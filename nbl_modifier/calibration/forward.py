@@ -25,11 +25,13 @@ from nbl_modifier.numerics.products import FastProducts
 
 from .cost import Progress
 
-__all__ = ["PartialForward", "calling"]
+__all__ = ["PartialForward", "calling", "recomputes"]
 
 # Columns of a calibration set that say what to predict; with them a model would compute
 # a loss of its own.
 _NOT_INPUTS = {"labels", "loss_mask"}
+# What a graph may hold until backward has run.
+_KEPT_BYTES = 2**30
 
 
 class PartialForward:
@@ -132,8 +134,8 @@ class PartialForward:
         """
         Return the logits with the graph that leads back to what requires a gradient.
 
-        Of each layer the graph holds the input only; backward runs the layer again
-        (Chen et al. 2016, arXiv:1604.06174).
+        Where the graph of all layers would be large, it holds the input of each only;
+        backward runs the layer again (Chen et al. 2016, arXiv:1604.06174).
 
         :param batch: what the model is called with
         :param start: the first layer in which something requires a gradient
@@ -142,7 +144,10 @@ class PartialForward:
         with ExitStack() as stack:
             stack.enter_context(self._computing_head())
             stack.enter_context(FastProducts())
-            for layer in self.layers[start:]:
+            tokens = batch["input_ids"].numel()
+            total = len(self.layers)
+            again_at = start if recomputes(self._model, tokens) else total
+            for layer in self.layers[again_at:]:
                 again = partial(
                     checkpoint,
                     layer.forward,
@@ -154,8 +159,7 @@ class PartialForward:
                 stack.enter_context(calling(layer, again))
             stack.enter_context(torch.enable_grad())
             logits: Tensor = self._model(**self._inputs(batch), use_cache=False).logits
-        behind = len(self.layers) - start
-        self._ran(batch, len(self.layers) + behind, heads=1, backward=behind)
+        self._ran(batch, 2 * total - again_at, heads=1, backward=total - start)
         return logits
 
     def _ran(
@@ -200,6 +204,22 @@ class PartialForward:
             for index in indices:
                 stack.enter_context(calling(self.layers[index], skip))
             yield
+
+
+def recomputes(model: PreTrainedModel, tokens: int) -> bool:
+    """
+    Return whether a graph over all layers would hold too much to be kept.
+
+    By what a layer of Llama's kind keeps of a token: a dozen vectors of the hidden
+    size, norms' in float32, and three of the MLP's.
+
+    :param model: the causal language model
+    :param tokens: that it is called with at a time
+    """
+    config = model.config.get_text_config()
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    values = (16 * config.hidden_size + 3 * width) * config.num_hidden_layers
+    return bool(tokens * values * model.dtype.itemsize > _KEPT_BYTES)
 
 
 @contextmanager

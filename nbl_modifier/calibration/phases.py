@@ -64,6 +64,7 @@ class Settings:
     :param epochs: of distillation, at most
     :param rates: learning rates that are tried before
     :param few: windows that each of them is tried on
+    :param recomputes: whether backward runs each layer again
     :param measures: whether statistics are taken, not read
     """
 
@@ -79,6 +80,7 @@ class Settings:
     epochs: int = 0
     rates: int = 0
     few: int = 0
+    recomputes: bool = True
     measures: bool = True
 
     def spread(self) -> list[int]:
@@ -156,15 +158,16 @@ def _refit(settings: Settings, last: int, count: int) -> Phase:
 
 
 def _distillation(settings: Settings, first: int, last: int) -> Phase:
-    """Return the original model, then, per window, layers twice and backward."""
+    """Return the original model, then, per window, layers forward and backward."""
     num_layers = settings.num_layers
     windows = settings.windows - settings.held_out
     few = min(settings.few, windows)
     steps = settings.rates * few + settings.epochs * windows
     behind = num_layers - first
+    again = behind if settings.recomputes else 0
     training = Phase(
         "distillation",
-        (last + 1) * few + num_layers * windows + steps * (num_layers + behind),
+        (last + 1) * few + num_layers * windows + steps * (num_layers + again),
         heads=windows + steps * 2,
         backward=steps * behind,
     )

@@ -190,12 +190,8 @@ def run(args: argparse.Namespace) -> None:
     from nbl_modifier.benchmark.shapes import load_model
     from nbl_modifier.records.files import write_atomically
     from nbl_modifier.records.speed import SPEED_FILE_NAME
-    from nbl_modifier.report.markdown import fenced
-    from nbl_modifier.report.speed_table import (
-        markdown_speed_table,
-        speed_summary,
-        speed_table,
-    )
+    from nbl_modifier.report.escaping import fenced
+    from nbl_modifier.report.speed_table import speed_summary, speed_table
 
     from .checks import make_folder
 
@@ -212,12 +208,13 @@ def run(args: argparse.Namespace) -> None:
         )
     report = runner.run(base, compressed, grid, settings, _progress)
     print(speed_summary(report), end="\n\n")
-    print(speed_table(report))
+    print(speed_table(report).to_text())
     for cell in report.skipped:
         print(f"not run: context {cell.context:,}, batch {cell.batch}: {cell.reason}")
     if folder is not None:
         report.save(folder / SPEED_FILE_NAME)
-        text = f"{fenced(speed_summary(report))}\n\n{markdown_speed_table(report)}\n"
+        table = speed_table(report, with_skipped=True).to_markdown()
+        text = f"{fenced(speed_summary(report))}\n\n{table}\n"
         write_atomically((folder / SPEED_FILE_NAME).with_suffix(".md"), text)
         print(f"\nwritten: {folder / SPEED_FILE_NAME}")
 

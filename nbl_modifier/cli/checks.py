@@ -161,3 +161,18 @@ def make_folder(output: str) -> Path:
         ) from err
     check_writable(folder)
     return folder
+
+
+def require_vllm() -> None:
+    """
+    Check that vLLM is installed here.
+
+    :raises ImportError: if it is not
+    """
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise ImportError(
+            "vLLM is not installed here. Run this in the environment that serves: "
+            "pip install vllm nbl-modifier."
+        )

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from .options import path, positive
 from .processes import part_of, process_group, rank, share_of, world_size
-from .sources import add_data_arguments, add_statistics_arguments
+from .sources import add_data_arguments
+from .statistics import add_statistics_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,7 +105,7 @@ def _add_heldout_arguments(group: argparse._ArgumentGroup) -> None:
         type=path,
         metavar="SOURCE",
         help="text for perplexity: 'stdlib', a file, a folder, or 'none' (default: "
-        "'stdlib' with --dataset stdlib, else 'none')",
+        "'stdlib' with --dataset stdlib, 'none' with another or with --statistics)",
     )
     group.add_argument(
         "--heldout-samples",
@@ -175,8 +176,8 @@ def prepare(args: argparse.Namespace) -> Plan:
         load_tokenizer,
         refuse_idle_data_options,
         sequence_length,
-        use_statistics,
     )
+    from .statistics import use_statistics
 
     check_output(args.output, args.model, args.overwrite)
     if not args.debug:

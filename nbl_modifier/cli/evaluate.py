@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Mapping
@@ -17,9 +16,7 @@ if TYPE_CHECKING:
     from nbl_modifier.evaluation import Comparison, Task, TaskScores
     from nbl_modifier.evaluation.cache import ScoreCache
     from nbl_modifier.evaluation.harness import LoadedTask
-
-RESULTS_FILE_NAME = "nbl_evaluation.json"
-_FORMAT_VERSION = 1
+    from nbl_modifier.records.evaluation import EvaluationReport
 
 _DESCRIPTION = """\
 Evaluate a checkpoint and its base model on the same lm-eval tasks with the same
@@ -65,6 +62,25 @@ def add_parser(commands: Any) -> None:
         metavar="MODEL",
         help="base model (default: the one named in the checkpoint's nbl_report.json)",
     )
+    _add_task_arguments(parser)
+    _add_backend_arguments(parser)
+    add(
+        "--output",
+        type=path,
+        metavar="DIR",
+        help="folder for nbl_evaluation.json (default: the checkpoint's)",
+    )
+    add(
+        "--cache",
+        type=path,
+        metavar="DIR",
+        help="folder for base models' scores (default: $NBL_CACHE/evaluation, or "
+        "nbl_modifier/evaluation in the user's cache)",
+    )
+    add("--no-cache", action="store_true", help="evaluate the base model again")
+
+
+def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--suite",
@@ -78,13 +94,19 @@ def add_parser(commands: Any) -> None:
         metavar="NAME,NAME",
         help="lm-eval tasks instead, each with its own number of shots",
     )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="first N documents of each task"
+    )
+
+
+def _add_backend_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--backend",
         choices=["hf", "vllm"],
         default="hf",
         help="transformers (default), or vLLM where that is installed",
     )
-    add("--limit", type=positive, metavar="N", help="first N documents of each task")
     add(
         "--batch-size",
         type=positive,
@@ -98,20 +120,6 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="context length, vllm only (default: the model's)",
     )
-    add(
-        "--output",
-        type=path,
-        metavar="DIR",
-        help=f"folder for {RESULTS_FILE_NAME} (default: the checkpoint's)",
-    )
-    add(
-        "--cache",
-        type=path,
-        metavar="DIR",
-        help="folder for base models' scores (default: $NBL_CACHE/evaluation, or "
-        "nbl_modifier/evaluation in the user's cache)",
-    )
-    add("--no-cache", action="store_true", help="evaluate the base model again")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -130,7 +138,8 @@ def run(args: argparse.Namespace) -> None:
         refuse_idle(args, ["cache"], "with --no-cache")
 
     from nbl_modifier.evaluation import compare, load_tasks
-    from nbl_modifier.evaluation.table import comparison_table
+    from nbl_modifier.records.evaluation import EVALUATION_FILE_NAME
+    from nbl_modifier.report.scores_table import SCORES_NOTE, scores_table
 
     from .checks import check_model
 
@@ -139,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     configs = {m: check_model(m, linearize=False) for m in (baseline, args.checkpoint)}
     output = _output_folder(args)
     if args.backend == "vllm":
-        from .workers import require_vllm
+        from .checks import require_vllm
 
         require_vllm()
     tasks = load_tasks(args.tasks or args.suite)
@@ -147,11 +156,13 @@ def run(args: argparse.Namespace) -> None:
     compressed = _evaluate(args.checkpoint, tasks, args)
     cache = _cache(baseline, getattr(configs[baseline], "_commit_hash", None), args)
     base = _base_scores(baseline, tasks, compressed, cache, args)
-    comparison = compare(base, compressed)
+    report = _report(baseline, compare(base, compressed), args)
     print(f"\n{args.checkpoint}, compared with {baseline}, backend {args.backend}\n")
-    print(comparison_table(comparison))
-    path = output / RESULTS_FILE_NAME
-    _write(path, baseline, comparison, args)
+    print(scores_table(report.tasks, report.average).to_text())
+    print(f"\n{SCORES_NOTE}")
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / EVALUATION_FILE_NAME
+    report.save(path)
     print(f"\nresults: {path}, {time.perf_counter() - start:,.0f} s")
 
 
@@ -189,8 +200,8 @@ def _output_folder(args: argparse.Namespace) -> Path:
     named = args.output or args.checkpoint
     if not args.output and not Path(named).is_dir():
         raise ValueError(
-            f"{args.checkpoint}: is no directory, so there is no place for "
-            f"{RESULTS_FILE_NAME}. Pass --output."
+            f"{args.checkpoint}: is no directory, so there is no place for the "
+            "results. Pass --output."
         )
     check_writable(Path(named))
     return Path(named)
@@ -223,27 +234,30 @@ def _evaluate_in_vllm(
     model: str, tasks: list[Task], args: argparse.Namespace
 ) -> dict[str, TaskScores]:
     """Run one engine in a process of its own, so that it gives all memory back."""
-    import dataclasses
+    from nbl_modifier.worker import answer_of
 
-    from nbl_modifier.evaluation import TaskScores
-
-    from .workers import run_worker
+    from . import evaluate_worker
 
     job = {
         "model": model,
-        "tasks": [dataclasses.asdict(task) for task in tasks],
+        "tasks": tasks,
         "limit": args.limit,
         "max_model_len": args.max_model_len,
     }
-    answer = run_worker("evaluate_worker", model, job, debug=args.debug, progress=True)
-    return {name: TaskScores.from_fields(fields) for name, fields in answer.items()}
+    scores: dict[str, TaskScores] = answer_of(
+        evaluate_worker.main,
+        job,
+        subject=f"model {model}: vLLM",
+        show_output=args.debug,
+        show_errors=True,  # progress bars
+    )
+    return scores
 
 
 def _cache(
     baseline: str, commit: str | None, args: argparse.Namespace
 ) -> ScoreCache | None:
-    import torch
-
+    from nbl_modifier.benchmark.machine import current_device
     from nbl_modifier.evaluation.cache import ScoreCache, default_folder, fingerprint
     from nbl_modifier.records.provenance import collect_versions
 
@@ -255,7 +269,7 @@ def _cache(
     settings = {
         "model": fingerprint(baseline) if local else f"{baseline}@{commit}",
         "backend": args.backend,
-        "device": str(torch.accelerator.current_accelerator() or "cpu"),
+        "device": current_device(),
         "batch_size": args.batch_size,
         "limit": args.limit,
         "max_model_len": args.max_model_len,
@@ -297,21 +311,20 @@ def _base_scores(
     return {name: each for task in tasks for name, each in kept[task.task.name].items()}
 
 
-def _write(
-    path: Path, baseline: str, comparison: Comparison, args: argparse.Namespace
-) -> None:
-    from nbl_modifier.records.files import write_atomically
+def _report(
+    baseline: str, comparison: Comparison, args: argparse.Namespace
+) -> EvaluationReport:
+    from nbl_modifier.records.evaluation import EvaluationReport
     from nbl_modifier.records.provenance import collect_versions, utc_timestamp
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "format_version": _FORMAT_VERSION,
-        "checkpoint": args.checkpoint,
-        "baseline": baseline,
-        "backend": args.backend,
-        "limit": args.limit,
-        **comparison.to_fields(),
-        "versions": collect_versions(),
-        "created": utc_timestamp(),
-    }
-    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return EvaluationReport(
+        format_version=EvaluationReport.VERSION,
+        checkpoint=args.checkpoint,
+        baseline=baseline,
+        backend=args.backend,
+        limit=args.limit,
+        tasks=comparison.metric_results(),
+        average=comparison.average_result(),
+        versions=collect_versions(),
+        created=utc_timestamp(),
+    )

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """One vLLM engine, some lm-eval tasks: the process that ``nbl evaluate`` starts."""
 
+from __future__ import annotations
+
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .workers import answer_job
+if TYPE_CHECKING:
+    from nbl_modifier.worker import Connection
 
 
-def main(job: dict[str, Any]) -> dict[str, Any]:
+def main(job: dict[str, Any], connection: Connection) -> None:
     """
-    Return the scores as JSON types, by task.
+    Answer the scores by task.
 
     :param job: model, tasks, limit, max_model_len
+    :param connection: to answer by
     """
     from lm_eval.models.vllm_causallms import VLLM
     from vllm.platforms import current_platform
 
-    from nbl_modifier.evaluation import Task, load_tasks
+    from nbl_modifier.evaluation import load_tasks
     from nbl_modifier.evaluation.harness import adds_bos, run_tasks
 
     from .sources import load_tokenizer
@@ -25,7 +29,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         # 1 GiB of KV cache, and no core claimed that another process may be using
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    tasks = load_tasks([Task(**fields) for fields in job["tasks"]])
+    tasks = load_tasks(job["tasks"])
     lm = VLLM(
         pretrained=job["model"],
         max_model_len=job["max_model_len"],
@@ -37,8 +41,4 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     # Here, not at the interpreter's exit: vLLM's watching thread takes an engine that
     # ends there for one that failed, and may abort this process.
     lm.model.llm_engine.engine_core.shutdown()
-    return {name: each.to_fields() for name, each in scores.items()}
-
-
-if __name__ == "__main__":
-    answer_job(main)
+    connection.send(scores)

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .checks import require_vllm
 from .options import path, positive, text
-from .workers import require_vllm, run_worker
 
 _DESCRIPTION = """\
 Load each model in vLLM, one after the other, each in a process of its own. Prints how
@@ -140,6 +140,10 @@ def _check(args: argparse.Namespace) -> None:
 
 def _generate_one(model: str, args: argparse.Namespace) -> Generation:
     """Run one engine in a process of its own, so that it gives all memory back."""
+    from nbl_modifier.worker import answer_of
+
+    from . import vllm_worker
+
     job = {
         "model": model,
         "prompts": args.prompt,
@@ -147,5 +151,11 @@ def _generate_one(model: str, args: argparse.Namespace) -> Generation:
         "dtype": args.dtype,
         "max_model_len": args.max_model_len,
     }
-    answer = run_worker("vllm_worker", model, job, debug=args.debug)
+    answer = answer_of(
+        vllm_worker.main,
+        job,
+        subject=f"model {model}: vLLM",
+        show_output=args.debug,
+        show_errors=args.debug,
+    )
     return Generation(model=model, **answer)

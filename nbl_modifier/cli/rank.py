@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .options import path
 from .processes import part_of, process_group, rank, share_of
-from .sources import add_data_arguments, add_statistics_arguments
+from .sources import add_data_arguments
+from .statistics import add_statistics_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset

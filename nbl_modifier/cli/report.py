@@ -72,8 +72,7 @@ def run(args: argparse.Namespace) -> None:
     from nbl_modifier.records.files import write_atomically
     from nbl_modifier.records.provenance import utc_timestamp
     from nbl_modifier.report.collect import collect
-    from nbl_modifier.report.html_page import render_html
-    from nbl_modifier.report.markdown import render_markdown
+    from nbl_modifier.report.page import render_html, render_markdown
     from nbl_modifier.report.sections import group_sections
 
     page = args.output

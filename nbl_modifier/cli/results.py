@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nbl_modifier.evaluation import PerplexityResult
     from nbl_modifier.records.compression import NBLReport
+    from nbl_modifier.report.table import Table
 
 PLOT_FILE_NAME = "nbl_ranking.png"
 
@@ -89,7 +90,7 @@ def print_results(
     if report is not None:
         print(ranking_table(report), end="\n\n")
     if figures:
-        print(perplexity_table(figures), end="\n\n")
+        print(perplexity_table(figures).to_text(), end="\n\n")
     base, now = weight_bytes(model), weight_bytes(output)
     print(f"weights on disk: {base / 1e6:,.2f} MB -> {now / 1e6:,.2f} MB")
     if report is not None:
@@ -110,24 +111,27 @@ def _needs_package(output: str) -> bool:
     return "nbl_config" in config
 
 
-def perplexity_table(figures: dict[str, PerplexityResult]) -> str:
+def perplexity_table(figures: dict[str, PerplexityResult]) -> Table:
     """
-    Return perplexities as aligned text, each with its ratio to the first.
+    Return perplexities, each with its ratio to the first.
 
     The ratio's standard error is over windows, compared in pairs.
 
     :param figures: perplexities in order, the base model's first
     """
+    from nbl_modifier.report.table import Table
+
     base = next(iter(figures.values()))
-    lines = [f"perplexity on {base.num_tokens:,} held-out tokens"]
-    width = max(map(len, figures))
+    rows = []
     for name, result in figures.items():
-        line = f"  {name:<{width}}  {result.perplexity:8.3f}"
-        if result is not base:
-            ratio, error = result.relative_to(base)
-            line += f"   {ratio:.4f} +- {error:.4f} times base"
-        lines.append(line)
-    return "\n".join(lines)
+        ratio = (
+            ""
+            if result is base
+            else "{:.4f} +- {:.4f}".format(*result.relative_to(base))
+        )
+        rows.append((name, f"{result.perplexity:,.3f}", ratio))
+    first = f"perplexity on {base.num_tokens:,} held-out tokens"
+    return Table((first, "", "times base"), rows)
 
 
 def write_plot(report: NBLReport, output: str) -> None:

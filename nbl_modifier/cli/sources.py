@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from datasets import Dataset
-    from llmcompressor.recipe import Recipe
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from nbl_modifier.llmcompressor_plugin.modifier import NBLModifier
 
 _MAX_DEFAULT_SEQ_LENGTH = 2048
 
@@ -75,66 +72,6 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
         choices=["independent", "sequential", "basic", "datafree"],
         help="as in llm-compressor (default: independent, one epoch per modifier)",
     )
-
-
-def add_statistics_arguments(group: argparse._ArgumentGroup) -> None:
-    """Add the options that :func:`use_statistics` reads."""
-    either = group.add_mutually_exclusive_group()
-    either.add_argument(
-        "--save-statistics",
-        type=path,
-        metavar="DIR",
-        help="keep the statistics of every layer there; an interrupted calibration "
-        "goes on where it stopped",
-    )
-    either.add_argument(
-        "--statistics",
-        type=path,
-        metavar="DIR",
-        help="use those of an earlier run instead of calibrating",
-    )
-
-
-def use_statistics(args: argparse.Namespace, recipe: Recipe) -> bool:
-    """
-    Hand ``--statistics`` or ``--save-statistics`` to the recipe's NBLModifier.
-
-    :param args: the command line
-    :param recipe: changed in place
-    :return: whether the recipe still needs calibration data
-    :raises ValueError: if there is no NBLModifier to use them
-    """
-    from nbl_modifier.llmcompressor_plugin.modifier import NBLModifier
-
-    needs_data = False
-    for modifier in recipe.modifiers:
-        if not isinstance(modifier, NBLModifier):
-            needs_data |= modifier.requires_calibration_data
-            continue
-        if args.statistics or args.save_statistics:
-            _refuse_other_folder(args, modifier)
-            modifier.statistics = args.statistics
-            modifier.save_statistics = args.save_statistics
-        needs_data |= modifier.statistics is None or modifier.runs_again
-    asked = args.statistics or args.save_statistics
-    if asked and not any(isinstance(each, NBLModifier) for each in recipe.modifiers):
-        raise ValueError(
-            f"--statistics, --save-statistics {asked}: the recipe has no NBLModifier, "
-            "which they are of. Leave the option out."
-        )
-    return needs_data
-
-
-def _refuse_other_folder(args: argparse.Namespace, modifier: NBLModifier) -> None:
-    """Refuse a folder of the command line where the recipe names another one."""
-    for name in ("statistics", "save_statistics"):
-        folder = getattr(modifier, name)
-        if folder is not None and folder != getattr(args, name):
-            asked = "statistics" if args.statistics else "save_statistics"
-            raise ValueError(
-                f"--{asked.replace('_', '-')} {getattr(args, asked)}: the recipe has "
-                f"NBLModifier.{name}: {folder} already. Remove one of the two."
-            )
 
 
 def refuse_idle_data_options(args: argparse.Namespace, calibrates: bool) -> None:
@@ -339,7 +276,9 @@ def heldout_source(args: argparse.Namespace) -> str | None:
 
     source: str | None = getattr(args, "heldout", "none")
     if source is None:
-        source = STDLIB if args.dataset == STDLIB else "none"
+        # Without calibration, perplexity would take nearly all the time there is.
+        reads = args.dataset == STDLIB and getattr(args, "statistics", None) is None
+        source = STDLIB if reads else "none"
     return None if source == "none" else source
 
 

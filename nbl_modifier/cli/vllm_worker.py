@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """One vLLM engine: the process that ``nbl generate`` starts for each model."""
 
+from __future__ import annotations
+
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .workers import answer_job
+if TYPE_CHECKING:
+    from nbl_modifier.worker import Connection
 
 
-def main(job: dict[str, Any]) -> dict[str, Any]:
+def main(job: dict[str, Any], connection: Connection) -> None:
     """
-    Return what `generate.Generation` holds besides the model's name.
+    Answer what `generate.Generation` holds besides the model's name.
 
     :param job: model, prompts, max_tokens, dtype, max_model_len
+    :param connection: to answer by
     """
     # The engine in this process: its configuration is then complete here.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -36,14 +40,11 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     sampling = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"])
     outputs = engine.generate(job["prompts"], sampling, use_tqdm=False)
     config = engine.llm_engine.vllm_config
-    return {
+    answer = {
         "architecture": config.model_config.architecture,
         # group-aware: blocks times block size is wrong for hybrid models
         "kv_cache_tokens": config.cache_config.kv_cache_size_tokens,
         "completions": [output.outputs[0].text for output in outputs],
         "load_seconds": round(load_seconds, 1),
     }
-
-
-if __name__ == "__main__":
-    answer_job(main)
+    connection.send(answer)

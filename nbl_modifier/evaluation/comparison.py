@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compressed model keeps of its base model's scores. Standard library only."""
+"""What a compressed model keeps of its base model's scores."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from .scores import Score, TaskScores, pooled, spread
+from nbl_modifier.records.evaluation import AverageResult, MetricResult
+
+from .scores import Score, TaskScores, pooled, stderr_of_sum
 
 
 @dataclass(frozen=True)
@@ -129,22 +130,38 @@ class Comparison:
             ),
         )
 
-    def to_fields(self) -> dict[str, Any]:
-        """Return rows and average as JSON types, without the documents' own scores."""
+    def metric_results(self) -> list[MetricResult]:
+        """Return the rows to write, without the documents' own scores."""
+        return [
+            MetricResult(
+                task=row.task,
+                metric=row.metric,
+                is_main=row.is_main,
+                higher_is_better=row.base.higher_is_better,
+                num_fewshot=row.num_fewshot,
+                num_documents=row.num_documents,
+                base=row.base.value,
+                base_stderr=row.base.stderr,
+                compressed=row.compressed.value,
+                compressed_stderr=row.compressed.stderr,
+                **_recovery_fields(row.recovery),
+            )
+            for row in self.rows
+        ]
+
+    def average_result(self) -> AverageResult | None:
+        """Return :attr:`average` to write."""
         average = self.average
-        return {
-            "tasks": [_row_fields(row) for row in self.rows],
-            "average": None
-            if average is None
-            else {
-                "num_tasks": average.num_tasks,
-                "base": average.base,
-                "base_stderr": average.base_stderr,
-                "compressed": average.compressed,
-                "compressed_stderr": average.compressed_stderr,
-                **_recovery_fields(average.recovery),
-            },
-        }
+        if average is None:
+            return None
+        return AverageResult(
+            num_tasks=average.num_tasks,
+            base=average.base,
+            base_stderr=average.base_stderr,
+            compressed=average.compressed,
+            compressed_stderr=average.compressed_stderr,
+            **_recovery_fields(average.recovery),
+        )
 
 
 def compare(
@@ -215,26 +232,10 @@ def _paired(under: Score, over: Score, ratio: float) -> float | None:
     if under.influence is None or over.influence is None:
         return None
     pairs = zip(under.influence, over.influence, strict=True)
-    return spread([o - ratio * u for u, o in pairs])
+    return stderr_of_sum([o - ratio * u for u, o in pairs])
 
 
-def _row_fields(row: Row) -> dict[str, Any]:
-    return {
-        "task": row.task,
-        "metric": row.metric,
-        "is_main": row.is_main,
-        "higher_is_better": row.base.higher_is_better,
-        "num_fewshot": row.num_fewshot,
-        "num_documents": row.num_documents,
-        "base": row.base.value,
-        "base_stderr": row.base.stderr,
-        "compressed": row.compressed.value,
-        "compressed_stderr": row.compressed.stderr,
-        **_recovery_fields(row.recovery),
-    }
-
-
-def _recovery_fields(each: Recovery) -> dict[str, Any]:
+def _recovery_fields(each: Recovery) -> dict[str, float | None]:
     return {
         "recovery": each.value if math.isfinite(each.value) else None,
         "recovery_stderr": each.stderr,

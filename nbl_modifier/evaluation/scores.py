@@ -107,10 +107,10 @@ def ratio_score(
         slope * (numerator - ratio * denominator) / total
         for numerator, denominator in zip(numerators, denominators, strict=True)
     )
-    return Score(value, spread(influence), higher_is_better, influence)
+    return Score(value, stderr_of_sum(influence), higher_is_better, influence)
 
 
-def spread(influence: Sequence[float]) -> float | None:
+def stderr_of_sum(influence: Sequence[float]) -> float | None:
     """
     Return the standard error of a sum of independent terms of mean zero.
 

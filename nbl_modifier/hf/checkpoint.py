@@ -187,19 +187,29 @@ def publish_on_save(
                 _full_disk_named(target),
             ):
                 inner(str(staging), *args, **kwargs)
-            content = _finished_config(staging, model.config, architecture)
-            if isinstance(model.config, NBLConfigMixin):
-                copy_modelling_code(staging)
-            extra_files(staging)
-            finished = staging / f"{CONFIG_NAME}.finished"
-            finished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-            finished.replace(staging / CONFIG_NAME)
+            _finish(staging, model.config, architecture, extra_files)
 
     # llm-compressor wraps what does not carry this mark; a later oneshot() on this
     # model must not wrap it again and rewrite config.json after it.
     save_pretrained._overridden = True  # type: ignore[attr-defined]
     save_pretrained._inner = inner  # type: ignore[attr-defined]
     model.save_pretrained = save_pretrained  # type: ignore[method-assign]
+
+
+def _finish(
+    staging: Path,
+    config: PretrainedConfig,
+    architecture: Architecture,
+    extra_files: Callable[[Path], None],
+) -> None:
+    """Write what a checkpoint has beside its weights, ``config.json`` at last."""
+    content = _finished_config(staging, config, architecture)
+    if isinstance(config, NBLConfigMixin):
+        copy_modelling_code(staging)
+    extra_files(staging)
+    finished = staging / f"{CONFIG_NAME}.finished"
+    finished.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    finished.replace(staging / CONFIG_NAME)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.cost import Cost, Progress
+from nbl_modifier.calibration.forward import recomputes
 from nbl_modifier.calibration.layers import MeasuredLayers
 from nbl_modifier.calibration.leaderboard import Leaderboard
 from nbl_modifier.calibration.phases import Settings
@@ -240,6 +241,7 @@ def _cost(
 ) -> Cost:
     """Return what the run is going to cost."""
     layers, data = decoder_layers(model, architecture), sources.data
+    longest = max((b["input_ids"].shape[-1] for b in data.batches), default=0)
     settings = Settings(
         num_layers=len(layers),
         windows=num_windows(data),
@@ -253,6 +255,7 @@ def _cost(
         epochs=options.distill_epochs,
         rates=0 if options.distill_rate is not None else len(RATES),
         few=FEW_WINDOWS,
+        recomputes=recomputes(model, longest),
         measures=not sources.complete,
     )
     stored = sources.store is not None

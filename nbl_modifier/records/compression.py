@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of one NBL run and its JSON form. Standard library only."""
+"""The record of one NBL run, ``nbl_report.json`` in a checkpoint."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import os
-from pathlib import Path
-from typing import Any, Self
+from typing import ClassVar
 
-from .files import write_atomically
+from pydantic.dataclasses import dataclass
+
+from .record import CHECKED, Record
 
 FORMAT_VERSION = 2
 REPORT_FILE_NAME = "nbl_report.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class LayerResult:
     """
     What was measured on one attention layer, and what was decided about it.
@@ -75,7 +73,7 @@ class LayerResult:
     kl_angle: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class HeldoutResult:
     """
     Perplexity on calibration windows that nothing was fitted on.
@@ -100,8 +98,8 @@ class HeldoutResult:
     distilled: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class NBLReport:
+@dataclass(frozen=True, config=CHECKED)
+class NBLReport(Record):
     """
     Everything measured and decided in one NBL run; `nbl_report.json` in a checkpoint.
 
@@ -139,6 +137,13 @@ class NBLReport:
     :param kv_cache_left: bytes that vLLM sets aside for such a sequence, over the base
         model's; None: they cannot be told from the configuration
     """
+
+    TITLE: ClassVar[str] = "an NBL report"
+    REMEDY: ClassVar[str] = (
+        "Run the compression again, or restore the file; the report of a checkpoint is "
+        f"{REPORT_FILE_NAME}."
+    )
+    VERSION: ClassVar[int] = FORMAT_VERSION
 
     format_version: int
     model: str
@@ -212,97 +217,3 @@ class NBLReport:
     def ranking(self) -> list[LayerResult]:
         """The measured layers, the one to replace first in front."""
         return sorted(self.layers, key=lambda layer: layer.rank)
-
-    def to_json(self) -> str:
-        """
-        Return the report as indented JSON text.
-
-        :raises ValueError: if a number is NaN or infinite, which JSON cannot hold
-        """
-        fields = dataclasses.asdict(self)
-        return json.dumps(fields, indent=2, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """
-        Return the report that ``to_json`` wrote.
-
-        :param text: JSON text
-        :raises ValueError: if the text is not a report, or is from a newer version
-        """
-        return cls._from_fields(_parse(text))
-
-    @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Self:
-        layers = [_build(LayerResult, entry) for entry in fields.pop("layers", [])]
-        previous = fields.pop("previous", None)
-        if previous is not None:
-            previous = cls._from_fields(previous)
-        heldout = fields.pop("heldout", None)
-        if heldout is not None:
-            heldout = _build(HeldoutResult, heldout)
-        nested = {"layers": layers, "previous": previous, "heldout": heldout}
-        built: Self = _build(cls, {**fields, **nested})
-        return built
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """
-        Write the report to ``path``; a reader sees the old file or the new, never half.
-
-        :param path: file to write, its directory must exist
-        """
-        write_atomically(path, self.to_json())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """
-        Read the report from ``path``.
-
-        :param path: a file written by ``save``
-        :raises ValueError: if it is not a report; the message names the file
-        """
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except ValueError as err:
-            raise ValueError(f"{path}: {err}") from err
-
-
-def _parse(text: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as err:
-        raise ValueError(
-            f"not an NBL report: invalid JSON ({err}). Run the compression again, or "
-            "restore the file."
-        ) from err
-    if not isinstance(fields, dict) or not isinstance(
-        fields.get("format_version"), int
-    ):
-        raise ValueError(
-            "not an NBL report: expected a JSON object with an integer "
-            f"'format_version'. The report of a checkpoint is {REPORT_FILE_NAME}."
-        )
-    version = fields["format_version"]
-    if version > FORMAT_VERSION:
-        raise ValueError(
-            f"report format_version is {version}, this nbl_modifier reads up to "
-            f"{FORMAT_VERSION}. Update it: pip install --upgrade nbl-modifier."
-        )
-    return fields
-
-
-def _build(kind: type[Any], fields: dict[str, Any]) -> Any:
-    """Return ``kind(**fields)``, or name the fields that are missing or unknown."""
-    known = {field.name for field in dataclasses.fields(kind)}
-    required = {
-        field.name
-        for field in dataclasses.fields(kind)
-        if field.default is dataclasses.MISSING
-    }
-    missing, unknown = sorted(required - set(fields)), sorted(set(fields) - known)
-    if missing or unknown:
-        raise ValueError(
-            f"not an NBL report: {kind.__name__} lacks {missing} and does not know "
-            f"{unknown}. Use the nbl_modifier version that wrote it."
-        )
-    return kind(**fields)

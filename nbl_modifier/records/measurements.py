@@ -2,7 +2,7 @@
 """
 Measured qualities and speeds of models, whichever program measured them.
 
-Standard library only. Four kinds of JSON files are read: ``nbl_report.json`` (the
+Four kinds of JSON files are read: ``nbl_report.json`` (the
 held-out perplexity of ``nbl compress``), ``nbl_evaluation.json``,
 ``nbl_benchmark.json``, and ``nbl_measurements.json``, which other programs can write::
 
@@ -18,19 +18,21 @@ known, and ``kind`` is one of :data:`KINDS`.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, FiniteFloat, model_validator
+from pydantic.dataclasses import dataclass
 
 from .compression import NBLReport
+from .evaluation import EvaluationReport
+from .record import OPEN, Record
 from .speed import SpeedReport
 
 __all__ = [
-    "EVALUATION_FILE_NAME",
     "KINDS",
     "MEASUREMENTS_FILE_NAME",
     "PERPLEXITY_RATIO",
@@ -45,13 +47,13 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-EVALUATION_FILE_NAME = "nbl_evaluation.json"
 MEASUREMENTS_FILE_NAME = "nbl_measurements.json"
 #: Names in ``NBLReport.evaluation``: of the last step, and its standard error.
 PERPLEXITY_RATIO = "perplexity times base"
 PERPLEXITY_RATIO_ERROR = "perplexity times base, standard error"
+Kind = Literal["accuracy", "perplexity_ratio", "bits_per_byte", "score", "speed_ratio"]
 #: What a metric is, with its unit.
-KINDS = {
+KINDS: dict[Kind, str] = {
     "accuracy": "fraction of the questions answered right",
     "perplexity_ratio": "perplexity over the base model's",
     "bits_per_byte": "bits per byte of text",
@@ -60,34 +62,28 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=OPEN)
 class Metric:
     """
     One number with what is known about its precision.
 
-    :param value: in the unit of ``kind``
-    :param standard_error: of ``value``, or None where none is known
+    :param value: in the unit of ``kind``, finite
+    :param standard_error: of ``value``, at least 0, or None where none is known
     :param kind: one of :data:`KINDS`
     """
 
-    value: float
-    standard_error: float | None
-    kind: str
+    value: FiniteFloat
+    standard_error: Annotated[FiniteFloat, Field(ge=0)] | None
+    kind: Kind
 
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind must be one of {sorted(KINDS)}, got {self.kind!r}.")
-        error = self.standard_error
-        if not math.isfinite(self.value) or (
-            error is not None and not (math.isfinite(error) and error >= 0)
-        ):
-            raise ValueError(
-                "value must be finite and standard_error null or finite and >= 0, got "
-                f"{self.value} and {error}."
-            )
+    @model_validator(mode="before")
+    @classmethod
+    def _unknown_error(cls, given: Any) -> Any:
+        """Take a file that leaves the standard error out for one that has null."""
+        return {"standard_error": None, **given} if isinstance(given, dict) else given
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=OPEN)
 class Measurement:
     """
     What was measured on one model.
@@ -104,6 +100,23 @@ class Measurement:
     created: str | None = None
 
 
+@dataclass(frozen=True, config=OPEN)
+class MeasurementsFile(Record):
+    """
+    An ``nbl_measurements.json``.
+
+    :param format_version: version of this layout
+    :param measurements: by any program
+    """
+
+    TITLE: ClassVar[str] = "a file of measurements"
+    REMEDY: ClassVar[str] = "See docs/report.md for its form."
+    VERSION: ClassVar[int] = FORMAT_VERSION
+
+    format_version: int
+    measurements: list[Measurement]
+
+
 def load_measurements(path: Path) -> list[Measurement]:
     """
     Return the content of an ``nbl_measurements.json``.
@@ -111,26 +124,7 @@ def load_measurements(path: Path) -> list[Measurement]:
     :param path: the file
     :raises ValueError: if it is not one; the message names the file and the entry
     """
-    entries = _fields(path).get("measurements")
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: has no list 'measurements'. See docs/report.md.")
-    return [_measurement(path, position, e) for position, e in enumerate(entries)]
-
-
-def _measurement(path: Path, position: int, entry: Any) -> Measurement:
-    try:
-        metrics = {
-            name: Metric(
-                float(metric["value"]), metric.get("standard_error"), metric["kind"]
-            )
-            for name, metric in entry["metrics"].items()
-        }
-        return Measurement(str(entry["model"]), entry["baseline"], metrics)
-    except (KeyError, TypeError, AttributeError, ValueError) as err:
-        raise ValueError(
-            f"{path}: measurement {position} cannot be read "
-            f"({type(err).__name__}: {err}). See docs/report.md for its form."
-        ) from err
+    return MeasurementsFile.load(path).measurements
 
 
 def evaluation_measurements(path: Path) -> list[Measurement]:
@@ -140,35 +134,26 @@ def evaluation_measurements(path: Path) -> list[Measurement]:
     :param path: the file
     :raises ValueError: if it is not one; the message names the file
     """
-    fields = _fields(path)
+    report = EvaluationReport.load(path)
     base: dict[str, Metric] = {}
     compressed: dict[str, Metric] = {}
-    try:
-        for row in (row for row in fields["tasks"] if row["is_main"]):
-            name = f"{row['task']} {row['metric']} ({fields['backend']})"
-            kind = _kind(row["metric"])
-            base[name] = Metric(row["base"], row["base_stderr"], kind)
-            compressed[name] = Metric(row["compressed"], row["compressed_stderr"], kind)
-        baseline = fields["baseline"]
-        return [
-            Measurement(baseline, None, base),
-            Measurement(
-                fields["checkpoint"], baseline, compressed, fields.get("created")
-            ),
-        ]
-    except (KeyError, TypeError, ValueError) as err:
-        raise ValueError(
-            f"{path}: not an evaluation ({type(err).__name__}: {err}). Run nbl "
-            "evaluate again."
-        ) from err
+    for row in (row for row in report.tasks if row.is_main):
+        name = f"{row.task} {row.metric} ({report.backend})"
+        kind = _kind(row.metric)
+        base[name] = Metric(row.base, row.base_stderr, kind)
+        compressed[name] = Metric(row.compressed, row.compressed_stderr, kind)
+    return [
+        Measurement(report.baseline, None, base),
+        Measurement(report.checkpoint, report.baseline, compressed, report.created),
+    ]
 
 
-def _kind(metric: str) -> str:
+def _kind(metric: str) -> Kind:
     """Return the kind of a metric of lm-eval, whose filter follows a comma."""
     name = metric.partition(",")[0]
     if name.startswith("acc") or name == "exact_match":
         return "accuracy"
-    return name if name == "bits_per_byte" else "score"
+    return "bits_per_byte" if name == "bits_per_byte" else "score"
 
 
 def benchmark_measurements(path: Path) -> list[Measurement]:
@@ -242,19 +227,3 @@ def mean_accuracy(metrics: Mapping[str, Metric]) -> Metric:
         else None
     )
     return Metric(statistics.fmean(values), error, "accuracy")
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    """Return the JSON object of a file whose format version is one we read."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as err:
-        raise ValueError(f"{path}: not JSON ({err}). Write it again.") from err
-    version = fields.get("format_version") if isinstance(fields, dict) else None
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: expected a JSON object with format_version <= {FORMAT_VERSION}, "
-            f"got {version!r}. Update nbl_modifier, or write the file again."
-        )
-    result: dict[str, Any] = fields
-    return result

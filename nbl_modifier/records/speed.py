@@ -2,22 +2,18 @@
 """
 The record of one ``nbl benchmark`` and its JSON form, ``nbl_benchmark.json``.
 
-Standard library only. The JSON object has the fields of :class:`SpeedReport`, nested
-objects those of the classes it names; times are in seconds, speeds in tokens per
-second, and lists of speeds hold one value per round, base and compressed measured next
-to each other.
+Times are in seconds, speeds in tokens per second, and lists of speeds hold one value
+per round, base and compressed measured next to each other.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import statistics
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
-from .files import write_atomically
+from pydantic.dataclasses import dataclass
+
+from .record import CHECKED, Record
 
 __all__ = [
     "FORMAT_VERSION",
@@ -33,7 +29,7 @@ FORMAT_VERSION = 1
 SPEED_FILE_NAME = "nbl_benchmark.json"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class MeasuredModel:
     """
     One of the two models.
@@ -59,7 +55,7 @@ class MeasuredModel:
     load_seconds: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class Capacity:
     """
     What fits in the KV cache. None where the engine has no fixed cache.
@@ -85,7 +81,7 @@ class Capacity:
         return self.compressed_tokens / self.base_tokens
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class SpeedRow:
     """
     One phase of one grid point.
@@ -96,9 +92,9 @@ class SpeedRow:
     :param batch: sequences
     :param generated: tokens per sequence that decoding was timed over; 0 for prefill
     :param base: tokens per second of all sequences together, one value per round
-    :param compressed: likewise
-    :param predicted_base: the roofline's, tokens per second
-    :param predicted_compressed: likewise
+    :param compressed: the compressed model's tokens per second, in the same rounds
+    :param predicted_base: the base model's by the roofline, tokens per second
+    :param predicted_compressed: the compressed model's by the roofline
     """
 
     phase: Literal["prefill", "decode"]
@@ -131,7 +127,7 @@ class SpeedRow:
         return self.ratio / self.predicted_ratio
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, config=CHECKED)
 class SkippedCell:
     """
     A grid point that was not measured.
@@ -146,8 +142,8 @@ class SkippedCell:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
-class SpeedReport:
+@dataclass(frozen=True, config=CHECKED)
+class SpeedReport(Record):
     """
     Everything measured in one ``nbl benchmark``.
 
@@ -165,6 +161,10 @@ class SpeedReport:
     :param created: UTC time, ISO 8601
     """
 
+    TITLE: ClassVar[str] = "a benchmark"
+    REMEDY: ClassVar[str] = "Run nbl benchmark again."
+    VERSION: ClassVar[int] = FORMAT_VERSION
+
     format_version: int
     engine: Literal["vllm", "transformers"]
     base: MeasuredModel
@@ -176,42 +176,3 @@ class SpeedReport:
     machine: dict[str, Any]
     versions: dict[str, str]
     created: str
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """
-        Write the report as JSON; a reader sees the old file or the new, never half.
-
-        :param path: file to write, its directory must exist
-        """
-        fields = dataclasses.asdict(self)
-        write_atomically(path, json.dumps(fields, indent=2, allow_nan=False) + "\n")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """
-        Read the report that :meth:`save` wrote.
-
-        :raises ValueError: if it is not one, or of a newer version
-        """
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = fields.pop("format_version")
-            if version > FORMAT_VERSION:
-                raise ValueError(
-                    f"format_version is {version}, this nbl_modifier reads up to "
-                    f"{FORMAT_VERSION}. Update it: pip install -U nbl-modifier."
-                )
-            return cls(
-                format_version=version,
-                base=MeasuredModel(**fields.pop("base")),
-                compressed=MeasuredModel(**fields.pop("compressed")),
-                capacity=Capacity(**fields.pop("capacity")),
-                rows=[SpeedRow(**row) for row in fields.pop("rows")],
-                skipped=[SkippedCell(**cell) for cell in fields.pop("skipped")],
-                **fields,
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as err:
-            raise ValueError(
-                f"{path}: not a benchmark that this nbl_modifier reads ({err}). Run "
-                "nbl benchmark again."
-            ) from err

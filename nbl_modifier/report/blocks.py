@@ -3,21 +3,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from .table import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CODE", "Code", "FigureItem", "Item", "Section", "Table", "Text", "code"]
-
-# 1,024   0.7529   1.08 ± 0.01   12.5%   4 of 16   3.5 GiB
-_NUMBER = re.compile(r"-?[\d,]+(\.\d+)?(e[+-]\d+)?( ± [\d.]+)?(%| of \d+| [KMGT]?i?B)?")
-
-#: Code in a :class:`Text`: the fence, and what stands between two of it.
-CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+__all__ = ["Code", "FigureItem", "Item", "Section", "Text"]
 
 
 @dataclass(frozen=True)
@@ -31,36 +26,6 @@ class Text:
 
     text: str
     is_absence: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """
-    Cells as they are shown.
-
-    :param header: of the columns
-    :param rows: as long as the header
-    :param marked: rows that stand out
-    :param is_detail: whether a page shows it on request only
-    """
-
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    marked: frozenset[int] = frozenset()
-    is_detail: bool = False
-
-    @property
-    def summary(self) -> str:
-        """What is shown of a detail before it is asked for."""
-        return f"The numbers, {len(self.rows):,} rows"
-
-    @property
-    def is_numeric(self) -> list[bool]:
-        """By column, whether it holds numbers and nothing else."""
-        return [
-            all(not row[column] or _NUMBER.fullmatch(row[column]) for row in self.rows)
-            for column in range(len(self.header))
-        ]
 
 
 @dataclass(frozen=True)
@@ -85,19 +50,6 @@ class FigureItem:
 
     draw: Callable[[], Figure]
     caption: str
-
-
-def code(text: str) -> str:
-    """
-    Return text to stand in a :class:`Text` as code, whatever is in it.
-
-    :param text: a name, a path
-    """
-    text = " ".join(text.split())
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * (longest + 1)
-    space = " " if longest else ""
-    return f"{fence}{space}{text}{space}{fence}"
 
 
 Item = Text | Table | Code | FigureItem

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
+from nbl_modifier.records.evaluation import EVALUATION_FILE_NAME
 from nbl_modifier.records.measurements import (
-    EVALUATION_FILE_NAME,
     MEASUREMENTS_FILE_NAME,
     Measurement,
     Metric,
@@ -20,9 +20,8 @@ from nbl_modifier.records.measurements import (
     load_measurements,
     report_measurements,
 )
+from nbl_modifier.records.methods import METHODS_FILE_NAME, MethodsTable
 from nbl_modifier.records.speed import SPEED_FILE_NAME
-
-from .methods_table import METHODS_FILE_NAME, MethodsTable
 
 __all__ = ["Checkpoint", "ModelGroup", "collect"]
 
@@ -86,57 +85,72 @@ def collect(paths: Sequence[Path]) -> list[ModelGroup]:
         older than the checkpoint it is about
     """
     files = {file.resolve(): file for path in paths for file in _files(path)}
-    reports = {
-        file.parent: NBLReport.load(file)
-        for file in files.values()
-        if file.name == REPORT_FILE_NAME
-    }
-    # few replaced layers first, in every table
-    order = sorted(reports, key=lambda path: (reports[path].num_replaced, str(path)))
-    reports = {directory: reports[directory] for directory in order}
-    measurements: list[Measurement] = []
-    for directory, report in reports.items():
-        measurements += report_measurements(str(directory), report)
-    created = {_identity(str(path)): report.created for path, report in reports.items()}
-    for file in files.values():
-        if file.name in _MEASUREMENT_READERS:
-            found = _MEASUREMENT_READERS[file.name](file)
-            _refuse_older(file, found, created)
-            measurements += found
-    metrics: dict[str, dict[str, Metric]] = {}
-    for measurement in measurements:
-        own = metrics.setdefault(_identity(measurement.model), {})
-        own.update(measurement.metrics)
-    # by identity of the base model: as it is called, and the models made of it
-    bases = {_identity(r.model): r.model for r in reports.values()}
-    members: dict[str, list[str]] = {key: [] for key in bases}
-    for directory, report in reports.items():
-        members[_identity(report.model)].append(_identity(str(directory)))
-    for measurement in measurements:
-        base = measurement.baseline or measurement.model
-        bases.setdefault(_identity(base), base)
-        members.setdefault(_identity(base), [])
-        if measurement.baseline is not None:
-            members[_identity(base)].append(_identity(measurement.model))
+    reports = _reports(files.values())
     tables = [
         MethodsTable.load(file)
         for file in files.values()
         if file.name == METHODS_FILE_NAME
     ]
-    for table in tables:
-        bases.setdefault(_identity(table.model), table.model)
-        members.setdefault(_identity(table.model), [])
+    measurements = _measurements(files.values(), reports)
+    metrics: dict[str, dict[str, Metric]] = {}
+    for measurement in measurements:
+        own = metrics.setdefault(_identity(measurement.model), {})
+        own.update(measurement.metrics)
+    names = [report.model for report in reversed(reports.values())]
+    names += [each.baseline or each.model for each in measurements]
+    names += [table.model for table in tables]
+    # by identity of the base model, as it is called first
+    bases = {_identity(name): name for name in reversed(names)}
     return [
         _group(
             key,
             bases[key],
-            list(dict.fromkeys(members[key])),
+            _made_from(key, reports, measurements),
             reports,
             metrics,
             [table for table in tables if _identity(table.model) == key],
         )
         for key in sorted(bases)
     ]
+
+
+def _reports(files: Iterable[Path]) -> dict[Path, NBLReport]:
+    """Return the reports by directory, those of few replaced layers first."""
+    reports = {
+        file.parent: NBLReport.load(file)
+        for file in files
+        if file.name == REPORT_FILE_NAME
+    }
+    order = sorted(reports, key=lambda path: (reports[path].num_replaced, str(path)))
+    return {directory: reports[directory] for directory in order}
+
+
+def _measurements(
+    files: Iterable[Path], reports: Mapping[Path, NBLReport]
+) -> list[Measurement]:
+    """Return what the reports measured themselves, then what other files hold."""
+    measurements: list[Measurement] = []
+    for directory, report in reports.items():
+        measurements += report_measurements(str(directory), report)
+    created = {_identity(str(path)): report.created for path, report in reports.items()}
+    for file in files:
+        if file.name in _MEASUREMENT_READERS:
+            found = _MEASUREMENT_READERS[file.name](file)
+            _refuse_older(file, found, created)
+            measurements += found
+    return measurements
+
+
+def _made_from(
+    base: str, reports: Mapping[Path, NBLReport], measurements: Sequence[Measurement]
+) -> list[str]:
+    """Return the models, by identity, that were made from one base model."""
+    made = [
+        *((report.model, str(directory)) for directory, report in reports.items()),
+        *((each.baseline, each.model) for each in measurements if each.baseline),
+    ]
+    own = (_identity(model) for origin, model in made if _identity(origin) == base)
+    return list(dict.fromkeys(own))
 
 
 def _refuse_older(

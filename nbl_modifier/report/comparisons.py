@@ -8,9 +8,10 @@ from functools import partial
 
 from nbl_modifier.records.measurements import KINDS, Metric, mean_accuracy
 
-from .blocks import FigureItem, Item, Table, Text
+from .blocks import FigureItem, Item, Text
 from .collect import ModelGroup
 from .plots import Point, scatter_figure
+from .table import Table
 
 __all__ = ["quality", "quality_against_kv_cache", "quality_against_speed", "speed"]
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 
 from nbl_modifier.kv_cache import Engine, KVCache, format_bytes
 
-from .blocks import Item, Table, Text, code
+from .blocks import Item, Text
 from .collect import Checkpoint, ModelGroup
+from .escaping import code
+from .table import Table
 
 __all__ = ["kv_cache_section"]
 

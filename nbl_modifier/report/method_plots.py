@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nbl_modifier.records.methods import MethodRow, MethodsTable, Value
+
 from .colours import GRID, SERIES, TEXT
-from .methods_table import MethodRow, MethodsTable, Value
 from .plots import new_figure, style
 
 if TYPE_CHECKING:

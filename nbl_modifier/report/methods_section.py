@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from .blocks import FigureItem, Item, Table, Text
+from nbl_modifier.records.methods import MethodsTable, TextResult, Value
+
+from .blocks import FigureItem, Item, Text
 from .method_plots import quality_over, quality_over_speed
-from .methods_table import MethodsTable, TextResult, Value
+from .table import Table
 
 __all__ = ["FIGURES", "methods_section"]
 

@@ -9,18 +9,19 @@ something was left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from operator import attrgetter
 
 from nbl_modifier.criteria import CRITERIA
 from nbl_modifier.records.compression import NBLReport
 
-from .blocks import Code, FigureItem, Item, Section, Table, Text, code
+from .blocks import Code, FigureItem, Item, Section, Text
 from .collect import Checkpoint, ModelGroup
 from .comparisons import quality, quality_against_kv_cache, quality_against_speed, speed
+from .escaping import code
 from .kv_tables import kv_cache_section
 from .methods_section import methods_section
 from .plots import correlations_figure, quantile_of, ranking_figure
-from .tables import Column, measured_columns
+from .table import Table
+from .tables import layers_table
 
 __all__ = ["group_sections"]
 
@@ -121,18 +122,7 @@ def _ranking(checkpoint: Checkpoint) -> Iterator[Item]:
         f"Bound and NMSE of every measured layer; numbers above the bars are places in "
         f"the ranking by {report.criterion}.",
     )
-    columns = [
-        *measured_columns(report, fine=True),
-        Column("score", attrgetter("score"), ".5g"),
-    ]
-    rows = []
-    for layer in report.ranking:
-        cells = (column.cell(layer) for column in columns)
-        replaced = "yes" if layer.selected else ""
-        rows.append((str(layer.rank), str(layer.index), *cells, replaced))
-    marked = (i for i, layer in enumerate(report.ranking) if layer.selected)
-    header = ("rank", "layer", *(each.heading for each in columns), "replaced")
-    yield Table(header, rows, frozenset(marked), is_detail=True)
+    yield layers_table(report, fine=True)
 
 
 def _criteria(checkpoint: Checkpoint) -> Iterator[Item]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A benchmark as text: plain for a terminal, markdown for a document."""
+"""A benchmark as a table, and what it is of."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from nbl_modifier.records.speed import SpeedReport, SpeedRow
 
-from .markdown import escape_markdown
+from .table import Table
 
-__all__ = ["markdown_speed_table", "speed_summary", "speed_table"]
+__all__ = ["speed_summary", "speed_table"]
 
 _HEADER = (
     "phase",
@@ -24,45 +24,18 @@ _HEADER = (
 )
 
 
-def speed_table(report: SpeedReport) -> str:
+def speed_table(report: SpeedReport, with_skipped: bool = False) -> Table:
     """
-    Return the measured rows, aligned: medians, least to greatest in brackets.
+    Return the measured rows: medians over rounds, least to greatest in brackets.
 
     :param report: from one benchmark
+    :param with_skipped: also what was not measured, with the reason for its phase
     """
-    lines = [_HEADER, *map(_cells, report.rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
-    lines.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "  ".join(
-            [line[0].ljust(widths[0])]
-            + [cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True)]
-        )
-        for line in lines
-    )
-
-
-def markdown_speed_table(report: SpeedReport) -> str:
-    """
-    Return the same rows as a markdown table, and those not measured with the reason.
-
-    :param report: from one benchmark
-    """
-    lines = [
-        "| " + " | ".join(_HEADER) + " |",
-        "|---" + "|---:" * (len(_HEADER) - 1) + "|",
-        *("| " + " | ".join(_cells(row)) + " |" for row in report.rows),
-    ]
-    for cell in report.skipped:
-        cells = [
-            "both",
-            f"{cell.context:,}",
-            str(cell.batch),
-            escape_markdown(f"not run: {cell.reason}"),
-        ]
-        cells += [""] * (len(_HEADER) - len(cells))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [_cells(row) for row in report.rows]
+    for cell in report.skipped if with_skipped else []:
+        cells = (f"not run: {cell.reason}", f"{cell.context:,}", str(cell.batch))
+        rows.append((*cells, *[""] * (len(_HEADER) - len(cells))))
+    return Table(_HEADER, rows)
 
 
 def speed_summary(report: SpeedReport) -> str:
@@ -123,15 +96,16 @@ def _cells(row: SpeedRow) -> tuple[str, ...]:
         row.phase,
         f"{row.context:,}",
         str(row.batch),
-        _spread(row.base, _speed),
-        _spread(row.compressed, _speed),
-        _spread(row.ratios, "{:.3f}".format),
+        _range(row.base, _speed),
+        _range(row.compressed, _speed),
+        _range(row.ratios, "{:.3f}".format),
         f"{row.predicted_ratio:.3f}",
         f"{row.attained:.2f}",
     )
 
 
-def _spread(values: list[float], text: Callable[[float], str]) -> str:
+def _range(values: list[float], text: Callable[[float], str]) -> str:
+    """Return the median, and the least and the greatest if there are several."""
     median = text(statistics.median(values))
     if len(values) == 1:
         return median

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranking as text: plain for a terminal or a log, markdown for a model card."""
+"""The ranking of the layers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
 from nbl_modifier.criteria import CRITERIA
 from nbl_modifier.records.compression import HeldoutResult, LayerResult, NBLReport
 
-__all__ = ["Column", "markdown_table", "measured_columns", "ranking_table"]
+from .table import Table
+
+__all__ = ["Column", "layers_table", "measured_columns", "ranking_table"]
 
 
 @dataclass(frozen=True)
@@ -50,59 +52,44 @@ def measured_columns(report: NBLReport, fine: bool = False) -> list[Column]:
     return [c for c in columns if any(c.of(each) is not None for each in layers)]
 
 
+def layers_table(report: NBLReport, fine: bool = False) -> Table:
+    """
+    Return the layers in the order of the ranking, chosen ones marked.
+
+    :param report: a finished run
+    :param fine: with all digits, and the score in place of the number of tokens
+    """
+    last = (
+        Column("score", attrgetter("score"), ".5g")
+        if fine
+        else Column("tokens", attrgetter("num_tokens"), ",")
+    )
+    columns = [
+        Column("rank", attrgetter("rank"), ""),
+        Column("layer", attrgetter("index"), ""),
+        *measured_columns(report, fine),
+        last,
+    ]
+    header = (*(column.heading for column in columns), "replaced")
+    rows = [
+        (
+            *(column.cell(layer) for column in columns),
+            "yes" if layer.selected else "",
+        )
+        for layer in report.ranking
+    ]
+    marked = (i for i, layer in enumerate(report.ranking) if layer.selected)
+    return Table(header, rows, frozenset(marked), is_detail=fine, name_column=1)
+
+
 def ranking_table(report: NBLReport) -> str:
     """
-    Return the layers in the order of the ranking as aligned plain text.
+    Return what was done, and the ranking, as text for a terminal or a log.
 
     :param report: a finished run
     :return: several lines without a trailing newline; chosen layers carry ``yes``
     """
-    header, *cells = _cells(report)
-    rows = [header, *cells]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [_aligned(row, widths) for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join([*_summary(report), "", *lines])
-
-
-def markdown_table(report: NBLReport) -> str:
-    """
-    Return the same table in GitHub markdown, chosen layers in bold.
-
-    :param report: a finished run
-    """
-    header, *rows = _cells(report)
-    lines = [
-        "| " + " | ".join(header) + " |",
-        "|" + "---:|" * (len(header) - 1) + ":---|",
-    ]
-    for layer, cells in zip(report.ranking, rows, strict=True):
-        if layer.selected:
-            cells = [cells[0], f"**{cells[1]}**", *cells[2:]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cells(report: NBLReport) -> list[list[str]]:
-    """Return the table, its header first."""
-    columns = [
-        Column("rank", attrgetter("rank"), ""),
-        Column("layer", attrgetter("index"), ""),
-        *measured_columns(report),
-        Column("tokens", attrgetter("num_tokens"), ","),
-    ]
-    rows = [[*(column.heading for column in columns), "replaced"]]
-    for layer in report.ranking:
-        cells = [column.cell(layer) for column in columns]
-        rows.append([*cells, "yes" if layer.selected else ""])
-    return rows
-
-
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    """Right-align the numbers, left-align the last column."""
-    cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-    cells[-1] = row[-1]
-    return "  ".join(cells).rstrip()
+    return "\n".join([*_summary(report), "", layers_table(report).to_text()])
 
 
 def _summary(report: NBLReport) -> list[str]:

@@ -27,6 +27,7 @@ from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.forward import PartialForward, calling
 from nbl_modifier.hf.modeling_nbl import LowRankLinear
 from nbl_modifier.layer_statistics.windows import Windows
+from nbl_modifier.numerics.products import FastProducts
 from nbl_modifier.replacement.surgery import Replacement, replaced
 
 from .muon import Muon
@@ -229,8 +230,12 @@ class Distillation:
         """Take a step on each window, in the order of ``numbers``."""
         trained = [each for m in maps.values() for each in m.trained(rate)]
         trained += [gain.trained(rate) for gain in gains]
-        optimizer = Muon(trained, len(numbers))
-        with self._running(maps):
+        dtypes = {each.dtype for each in maps.values()}
+        half = dtypes == {torch.bfloat16}
+        optimizer = Muon(
+            trained, len(numbers), torch.bfloat16 if half else torch.float32
+        )
+        with self._running(maps), FastProducts():
             for number in numbers:
                 targets = target_tokens(self._windows, number)
                 count = sum(len(target.positions) for target in targets)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Muon in float32: steps whose size no gradient sets. torch only."""
+"""Muon: steps whose size no gradient sets. torch only."""
 
 from __future__ import annotations
 
@@ -38,14 +38,19 @@ class Muon:
     """
     Orthogonalized momentum for matrices, Adam for vectors.
 
-    ``torch.optim.Muon`` orthogonalizes in bfloat16, which some CPUs compute tens of
-    times more slowly than float32.
+    ``torch.optim.Muon`` has one step size for all matrices.
 
-    :param trained: what is trained
+    :param trained: what is trained, in float32
     :param steps: after how many the learning rate has fallen to zero
+    :param dtype: of the products that orthogonalize; bfloat16 is accurate enough
     """
 
-    def __init__(self, trained: Sequence[Trained], steps: int) -> None:
+    def __init__(
+        self,
+        trained: Sequence[Trained],
+        steps: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self._matrices = [each for each in trained if each.parameter.ndim == 2]
         self._momenta = [
             torch.zeros_like(each.parameter.detach()) for each in self._matrices
@@ -64,6 +69,7 @@ class Muon:
             for each in vectors
         ]
         self._steps, self._done = steps, 0
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -73,7 +79,8 @@ class Muon:
             gradient = each.parameter.grad
             if gradient is not None:
                 momentum.mul_(_MOMENTUM).add_(gradient)
-                direction = orthogonalized(gradient + _MOMENTUM * momentum)
+                ahead = gradient + _MOMENTUM * momentum
+                direction = orthogonalized(ahead, self._dtype)
                 each.parameter.sub_(direction, alpha=each.step * scale)
                 each.parameter.grad = None
         for adam, size in self._vectors:
@@ -87,19 +94,20 @@ class Muon:
         return warm * (1 + math.cos(math.pi * step / self._steps)) / 2
 
 
-def orthogonalized(matrix: Tensor) -> Tensor:
+def orthogonalized(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """
     Return the matrix with all its singular values brought near one, by products only.
 
     :param matrix: ``[rows, columns]``, floating point; zeros stay zeros
-    :return: ``[rows, columns]``, singular values between about 0.7 and 1.2, but for
-        those that were below a thousandth of the largest
+    :param dtype: of the products
+    :return: ``[rows, columns]``, dtype of ``matrix``, singular values between about
+        0.7 and 1.2, but for those that were below a thousandth of the largest
     """
     rows, columns = matrix.shape
     x = matrix if rows <= columns else matrix.T
-    x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
+    x = (x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)).to(dtype)
     first, third, fifth = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         square = x @ x.T
         x = first * x + (third * square + fifth * square @ square) @ x
-    return x if rows <= columns else x.T
+    return (x if rows <= columns else x.T).to(matrix.dtype)

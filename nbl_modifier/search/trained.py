@@ -52,8 +52,8 @@ class TrainedMap:
         assert replacement.bias is not None
         self._start = replacement
         device = mean.device
-        self._dtype = replacement.weight.dtype
-        wide = torch.promote_types(self._dtype, torch.float32)
+        self.dtype = replacement.weight.dtype
+        wide = torch.promote_types(self.dtype, torch.float32)
         least = _LEAST_SPREAD * float(spread.square().mean().sqrt())
         self._mean = mean.to(wide)
         self._spread = spread.clamp_min(least or 1.0).to(wide)
@@ -108,7 +108,7 @@ class TrainedMap:
         The bias is that of the rounded weights: a large mean times their rounding
         errors would shift every output, another way at each step.
         """
-        dtype, wide = self._dtype, self._bias.dtype
+        dtype, wide = self.dtype, self._bias.dtype
         inner = (self._inner / self._spread).to(dtype)
         shift = inner.to(wide) @ self._mean
         if self._expand is None:

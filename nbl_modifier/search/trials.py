@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
-from torch.utils.checkpoint import checkpoint
 
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.forward import PartialForward
@@ -199,22 +199,37 @@ def divergence(targets: Iterable[Target], logits: Tensor, original: Tensor) -> T
     for target in targets:
         for positions, _ in target.chunks():
             at = positions.to(logits.device)
-            # Backward computes the float32 of a part again, instead of keeping it.
-            part = checkpoint(
-                _divergence,
-                logits[target.row, at],
-                original[target.row, at],
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
+            of_part = logits[target.row, at], original[target.row, at]
+            part: Tensor = _Divergence.apply(*of_part)
             parts.append(part)
     return torch.stack(parts).sum()
 
 
-def _divergence(logits: Tensor, original: Tensor) -> Tensor:
-    predicted = logits.float().log_softmax(-1)
-    reference = original.float().log_softmax(-1)
-    return kl_div(predicted, reference, reduction="sum", log_target=True)
+class _Divergence(torch.autograd.Function):
+    """
+    Divergence of predictions from the original ones, ``[tokens, vocabulary]`` each.
+
+    Its gradient, the difference of both distributions, is there when the divergence is:
+    kept in the dtype of the logits, no part has to be computed again, or be kept in
+    float32, for backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, original: Tensor) -> Tensor:
+        predicted = logits.float().log_softmax(-1)
+        reference = original.float().log_softmax(-1)
+        probabilities = reference.exp()
+        apart = reference.sub_(predicted)
+        summed = torch.dot(probabilities.flatten(), apart.flatten())
+        if ctx.needs_input_grad[0]:
+            gradient = predicted.exp_().sub_(probabilities)
+            ctx.save_for_backward(gradient.to(logits.dtype))
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0].to(gradient.dtype), None
 
 
 class _Sums:

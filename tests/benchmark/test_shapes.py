@@ -22,6 +22,7 @@ from nbl_modifier.hf.configuration_nbl import (
     config_class,
     nbl_config_block,
 )
+from tests.tiny_llama import FOUR_BITS, compress, load
 from tests.tiny_models import THOROUGH, with_attention
 
 if TYPE_CHECKING:
@@ -106,6 +107,26 @@ def test_quantized_weights_count_as_stored_with_their_scales(tmp_path: Path) -> 
     }
 
 
+def test_quantized_weights_are_counted_without_files_too(
+    llama: Path, tmp_path: Path
+) -> None:
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    quantizer = QuantizationModifier(config_groups=FOUR_BITS, ignore=["lm_head"])
+    compress(load(llama), quantizer, None, output_dir=str(tmp_path))
+    stored, made_up = (
+        {
+            name.removesuffix("_packed"): values
+            for name, values in by_name(tmp_path, random_weights=each).items()
+        }
+        for each in (False, True)
+    )
+    assert stored == made_up
+    # four bits, and a float32 scale for 32 of them; the head as it was
+    assert made_up["model.layers.0.self_attn.k_proj.weight"][2] == 32 * 16 // 2 + 16 * 4
+    assert made_up["lm_head.weight"][2] == 4 * 32 * 128
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_experts_of_a_layer_are_one_product(fused: bool) -> None:
     prefix = "model.layers.0.mlp.experts"
@@ -153,3 +174,31 @@ def test_every_family_has_a_shape(model_type: str, tiny_models: TinyModels) -> N
     assert not any("vision" in p.name for p in model.shape.products)
     meta = load_model(str(folder), "auto", random_weights=True)
     assert meta.shape.weight_bytes == model.shape.weight_bytes
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"no header")
+    with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read"):
+        stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "nbytes"),
+    [
+        (torch.float64, 8),
+        (torch.float32, 4),
+        (torch.bfloat16, 2),
+        (torch.float8_e4m3fn, 1),
+        (torch.int64, 8),
+        (torch.uint8, 1),
+        (torch.bool, 1),
+    ],
+)
+def test_bytes_are_those_of_the_dtype(
+    tmp_path: Path, dtype: torch.dtype, nbytes: int
+) -> None:
+    tensor = torch.zeros(3, 5).to(dtype)
+    save_file({"x": tensor}, tmp_path / "model.safetensors")
+    assert stored_tensors(tmp_path) == {"x": StoredTensor((3, 5), 15 * nbytes)}
+    assert tensor.nbytes == 15 * nbytes

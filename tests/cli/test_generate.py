@@ -3,38 +3,46 @@
 
 import importlib.util
 import json
-import subprocess
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nbl_modifier.cli import main
+from nbl_modifier import worker
+from nbl_modifier.cli import main, vllm_worker
+from nbl_modifier.worker import Connection
 
 TOKENS = {"base": 1000, "nbl": 1600}
+
+
+def stand_in(job: dict[str, Any], connection: Connection) -> None:
+    """Answer as the worker does, or fail as it does, without an engine."""
+    if job["model"] == "broken":
+        os.write(1, b"noise\n" * 100 + b"out of memory\n")
+        os._exit(1)
+    connection.send(
+        {
+            "architecture": "LlamaForCausalLM",
+            "kv_cache_tokens": TOKENS[job["model"]],
+            "completions": [f"one\n{prompt}" for prompt in job["prompts"]],
+            "load_seconds": 1.0,
+        }
+    )
 
 
 @pytest.fixture
 def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Answer as the worker does, per model; return the jobs it was given."""
     jobs: list[dict[str, Any]] = []
+    original = worker.answer_of
 
-    def run(command: list[str], stdout: Any, **kwargs: Any) -> Any:
-        job = json.loads(command[-2])
+    def answer_of(main: object, job: dict[str, Any], **options: Any) -> Any:
+        assert main is vllm_worker.main
         jobs.append(job)
-        if job["model"] == "broken":
-            stdout.write(b"noise\n" * 100 + b"out of memory\n")
-            return subprocess.CompletedProcess(command, 1)
-        answer = {
-            "architecture": "LlamaForCausalLM",
-            "kv_cache_tokens": TOKENS[job["model"]],
-            "completions": [f"one\n{prompt}" for prompt in job["prompts"]],
-            "load_seconds": 1.0,
-        }
-        Path(command[-1]).write_text(json.dumps(answer))
-        return subprocess.CompletedProcess(command, 0)
+        return original(stand_in, job, **options)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(worker, "answer_of", answer_of)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     return jobs
 

@@ -11,7 +11,6 @@ import pytest
 from nbl_modifier.evaluation import Score, TaskScores, compare
 from nbl_modifier.evaluation.comparison import Average, recovery
 from nbl_modifier.evaluation.scores import ratio_score
-from nbl_modifier.evaluation.table import comparison_table
 
 N = 400
 
@@ -131,19 +130,6 @@ def test_other_tasks_are_refused() -> None:
     score = accuracy(hits(0.8, seed=3))
     with pytest.raises(ValueError, match=r"tasks differ, \['one'\] and \['two'\]"):
         compare({"one": task("one", score)}, {"two": task("two", score)})
-
-
-def test_table_names_every_task_and_keeps_columns() -> None:
-    base = {
-        "one": task("one", accuracy(hits(0.8, seed=3))),
-        "two": task("two", accuracy(hits(0.6, seed=4))),
-        "text": task("text", bits([-80.0, -90.0])),
-    }
-    lines = comparison_table(compare(base, base)).splitlines()
-    assert lines[0].split()[:2] == ["task", "metric"]
-    assert [line.split()[0] for line in lines[2:6]] == ["one", "two", "text", "average"]
-    assert all(line.endswith("100.0% +- 0.0%") for line in lines[2:6])
-    assert len({len(line) for line in lines[2:6]}) == 1
 
 
 @pytest.mark.parametrize("paired", [True, False])

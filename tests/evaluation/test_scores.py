@@ -14,7 +14,7 @@ from nbl_modifier.evaluation.scores import (
     pooled,
     preferred_metric,
     ratio_score,
-    spread,
+    stderr_of_sum,
 )
 
 
@@ -55,7 +55,7 @@ def test_error_is_that_of_resampled_documents(metric: str) -> None:
 
 
 def test_one_document_has_no_error() -> None:
-    assert spread([0.0]) is None
+    assert stderr_of_sum([0.0]) is None
 
 
 def test_pooled_error_is_that_of_a_mean() -> None:

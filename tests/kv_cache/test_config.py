@@ -104,6 +104,6 @@ def test_recurrent_state_of_published_shapes() -> None:
 def test_sizes_of_a_nested_configuration_are_found() -> None:
     """A vision-language model's: sizes inside, replaced layers outside."""
     nested = {"text_config": LLAMA | {"num_kv_shared_layers": 2}}
-    linearized = {"nbl_config": {"layers": {"0": {}}}}
+    linearized: dict[str, Any] = {"nbl_config": {"layers": {"0": {}}}}
     cache = KVCache.from_config(nested | linearized)
     assert cache == KVCache.from_config(LLAMA).without([0, 30, 31])

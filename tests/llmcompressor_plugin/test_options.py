@@ -25,7 +25,7 @@ from tests.followers import TinyModels
 from tests.llmcompressor_plugin.test_modifier import ROUNDED, activations
 from tests.llmcompressor_plugin.test_smoothing import RECIPES
 from tests.numerics import oracle
-from tests.search.test_path import FITTED, HELD_OUT, layer, mean_nll
+from tests.search.runs import FITTED, HELD_OUT, layer, mean_nll
 from tests.tiny_llama import (
     FOUR_BITS,
     Model,

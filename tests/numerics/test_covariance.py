@@ -2,7 +2,6 @@
 """Streamed moments against the batch oracle, and what update refuses."""
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
@@ -12,10 +11,7 @@ from nbl_modifier.numerics import (
     CovarianceAccumulator,
     CovarianceStats,
     NonFiniteError,
-    covariance,
-    gram,
 )
-from nbl_modifier.numerics.gram import PackedSymmetric
 from tests.numerics import oracle
 from tests.numerics.cases import EPS, gaussian_pair, one_massive_token, rounding
 from tests.numerics.oracle import Array
@@ -109,65 +105,6 @@ def test_low_precision_input_is_exact(dtype: torch.dtype) -> None:
     assert_matches_oracle(stats.finalize(), x.double().numpy(), y.double().numpy())
 
 
-@pytest.fixture
-def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take products as on a GPU: in bfloat16, added up in float32 piece by piece."""
-    monkeypatch.setattr(covariance, "_TENSOR_CORES", {"cpu"})
-    monkeypatch.setattr(gram, "_CHUNK", 64)
-    monkeypatch.setattr(gram, "_CUDA_PANEL", 10)
-
-
-@pytest.mark.usefixtures("tensor_cores")
-@pytest.mark.parametrize("track_cov_yy", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tensor_cores_round_each_value_once(
-    dtype: torch.dtype, track_cov_yy: bool
-) -> None:
-    # Means of up to 30 standard deviations, so that centring comes before rounding.
-    X, Y = gaussian_pair(600, 24, 12)
-    x = torch.from_numpy(X + np.linspace(-30.0, 30.0, 24)).to(dtype)
-    y = torch.from_numpy(Y).to(dtype)
-    accumulator = CovarianceAccumulator(24, 12, track_cov_yy=track_cov_yy)
-    for rows_x, rows_y in zip(x.split(250), y.split(250), strict=True):
-        accumulator.update(rows_x, rows_y)
-    stats = accumulator.finalize()
-    expected = oracle.moments(x.double().numpy(), y.double().numpy())
-    std_x = np.sqrt(np.diag(expected.cov_xx))
-    std_y = np.sqrt(np.diag(expected.cov_yy))
-    # Each factor is off by at most 2^-9 of itself; then Cauchy and Schwarz.
-    bound = 2.0**-8 + 2.0**-18 + 64 * 2.0**-24
-    assert stats.cov_yy is None or track_cov_yy
-    for actual, wanted, scale in (
-        (stats.cov_xx, expected.cov_xx, np.outer(std_x, std_x)),
-        (stats.cov_yx, expected.cov_yx, np.outer(std_y, std_x)),
-        (stats.var_y, np.diag(expected.cov_yy), std_y**2),
-    ):
-        error = np.max(np.abs(actual.numpy() - wanted) / scale)
-        assert 2.0**-24 < error < bound
-    assert np.allclose(stats.mean_x.numpy(), expected.mean_x, rtol=1e-14, atol=0.0)
-
-
-@pytest.mark.usefixtures("tensor_cores")
-def test_tensor_cores_on_exact_numbers() -> None:
-    # Small integers of mean 0, so nothing rounds, wherever the pieces end.
-    half = torch.randint(-8, 9, (100, 33), generator=torch.Generator().manual_seed(0))
-    x = torch.cat([half, -half]).bfloat16()
-    stats = CovarianceAccumulator(33, 33).update(x, x).update(x, x).finalize()
-    expected = 2.0 * (x.double().mT @ x.double()) / 399
-    for actual in (stats.cov_xx, stats.cov_yx, stats.cov_yy):
-        assert actual is not None
-        assert torch.allclose(actual, expected, rtol=1e-15, atol=0.0)
-
-
-@pytest.mark.usefixtures("tensor_cores")
-def test_float32_keeps_off_tensor_cores() -> None:
-    X, Y = gaussian_pair(128, 8, 8)
-    X, Y = X.astype(np.float32).astype(float), Y.astype(np.float32).astype(float)
-    x, y = torch.from_numpy(X).float(), torch.from_numpy(Y).float()
-    stats = CovarianceAccumulator(8, 8).update(x, y).finalize()
-    assert_matches_oracle(stats, X, Y)
-
-
 def test_float16_sums_beyond_float16() -> None:
     # 1000 rows of 6e4 sum to 6e7 and their squares to 4e12; float16 ends at 65504.
     x = torch.full((1000, 2), 6e4, dtype=torch.float16)
@@ -179,23 +116,6 @@ def test_float16_sums_beyond_float16() -> None:
         value**2 * 1000 / 999, rel=rounding(1000, 1)
     )
     assert float(stats.cov_xx[1, 1]) == 0.0
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 255, 512, 513, 514, 1300])
-def test_packed_gram(width: int) -> None:
-    """Every entry of the two triangles and of what is between them, and no other."""
-    rows = torch.from_numpy(gaussian_pair(64, width, 1)[0])
-    packed = PackedSymmetric.zeros(width, torch.device("cpu"))
-    assert packed.values.numel() == width * (width + 1) // 2
-    for part in rows.split(40):
-        packed.add_gram_(part)
-    total = packed.dense(0.5)
-    expected = 0.5 * (rows.numpy().T @ rows.numpy())
-    assert torch.equal(total, total.mT)
-    scale = np.outer(*[np.linalg.norm(rows.numpy(), axis=0)] * 2)
-    assert np.max(np.abs(total.numpy() - expected) / scale) < rounding(64, 1)
-    again = PackedSymmetric.pack(packed.dense())
-    assert torch.equal(again.values, packed.values)
 
 
 def test_wide_statistics_are_symmetric_and_right() -> None:
@@ -361,38 +281,6 @@ def test_too_few_tokens(num_tokens: int) -> None:
     accumulator.update(torch.ones(num_tokens, 2), torch.ones(num_tokens, 2))
     with pytest.raises(ValueError, match=f"at least 2 tokens, got {num_tokens}"):
         accumulator.finalize()
-
-
-def test_statistics_refuse_inconsistent_tensors() -> None:
-    X, Y = gaussian_pair(50, 4, 3)
-    stats = stream(X, Y, 50).finalize()
-    with pytest.raises(
-        ValueError, match=r"cov_yx: expected float64 \(3, 4\).*\(4, 3\)"
-    ):
-        dataclasses.replace(stats, cov_yx=stats.cov_yx.mT)
-    with pytest.raises(ValueError, match="var_y: .*got torch.float32"):
-        dataclasses.replace(stats, var_y=stats.var_y.float())
-    with pytest.raises(NonFiniteError, match="cov_yx: must be finite"):
-        dataclasses.replace(stats, cov_yx=stats.cov_yx / 0.0)
-    with pytest.raises(ValueError, match="at least 2 tokens, got 1"):
-        dataclasses.replace(stats, num_tokens=1)
-
-
-def test_plus_input_needs_square_and_cov_yy() -> None:
-    X, Y = gaussian_pair(50, 4, 3)
-    with pytest.raises(ValueError, match="d_in=4, d_out=3"):
-        stream(X, Y, 50).finalize().plus_input()
-    with pytest.raises(ValueError, match="cov_yy = None"):
-        stream(X, X, 50, track_cov_yy=False).finalize().plus_input()
-
-
-def test_to_keeps_every_value() -> None:
-    X, Y = gaussian_pair(50, 4, 3)
-    stats = stream(X, Y, 50, track_cov_yy=False).finalize()
-    same = stats.to("cpu")
-    assert (same.num_tokens, same.cov_yy) == (50, None)
-    for name in ("mean_x", "mean_y", "cov_xx", "cov_yx", "var_y"):
-        assert torch.equal(getattr(same, name), getattr(stats, name))
 
 
 def test_more_tokens_than_a_float32_or_an_int32_counts() -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Statistics of parts of the data, put together: accumulators of several processes, for
-which threads stand here, and finished statistics.
+which threads stand here.
 """
 
 from collections.abc import Callable
@@ -80,41 +80,3 @@ def test_no_rows_at_all() -> None:
     X, Y = gaussian_pair(10, 4, 4)
     accumulator = pooled(X[:0], Y[:0], [0, 0])
     assert accumulator.num_tokens == 0
-
-
-@pytest.mark.parametrize("first", [2, 150, 298])
-@pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_finished_statistics_merge(first: int, offset: float) -> None:
-    X, Y = gaussian_pair(300, 24, 7)
-    X[first:] += offset
-    Y[first:] -= offset
-    left, right = (
-        stream(X[rows], Y[rows], 64).finalize()
-        for rows in (slice(first), slice(first, None))
-    )
-    merged = left.merge(right)
-    assert_matches_oracle(merged, X, Y)
-    assert torch.equal(merged.cov_xx, merged.cov_xx.mT)
-    assert left.num_tokens == first  # unchanged
-
-
-def test_finished_statistics_merge_without_cov_yy() -> None:
-    X, Y = gaussian_pair(300, 24, 7)
-    whole = stream(X, Y, 300, track_cov_yy=False).finalize()
-    left, right = (
-        stream(X[rows], Y[rows], 64, track_cov_yy=False).finalize()
-        for rows in (slice(100), slice(100, None))
-    )
-    merged = left.merge(right)
-    assert merged.cov_yy is None
-    torch.testing.assert_close(merged.var_y, whole.var_y)
-
-
-def test_statistics_that_do_not_fit_are_not_merged() -> None:
-    X, Y = gaussian_pair(30, 4, 4)
-    full = stream(X, Y, 30).finalize()
-    part = stream(X, Y, 30, track_cov_yy=False).finalize()
-    narrow = stream(X[:, :3], Y, 30).finalize()
-    for other in (part, narrow):
-        with pytest.raises(ValueError, match="merge: expected the same widths"):
-            full.merge(other)

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from nbl_modifier.cli.evaluate import RESULTS_FILE_NAME
 from nbl_modifier.evaluation.comparison import Comparison, Row
 from nbl_modifier.evaluation.scores import Score
+from nbl_modifier.records.evaluation import EVALUATION_FILE_NAME, EvaluationReport
 from nbl_modifier.records.measurements import (
-    EVALUATION_FILE_NAME,
     Measurement,
     Metric,
     benchmark_measurements,
@@ -37,10 +36,10 @@ def test_file_is_read_as_it_is_documented(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kind": "speed"}, "kind must be one of"),
-        ({"value": math.nan}, "value must be finite"),
-        ({"standard_error": -1.0}, "finite and >= 0"),
-        ({"value": None}, "measurement 0"),
+        ({"kind": "speed"}, "kind: input should be 'accuracy', .* got 'speed'"),
+        ({"value": math.nan}, "value: input should be a finite number, got nan"),
+        ({"standard_error": -1.0}, "standard_error: .* greater than or equal to 0"),
+        ({"value": None}, "value: input should be a valid number, got None"),
     ],
 )
 def test_bad_metric_is_named(
@@ -52,16 +51,29 @@ def test_bad_metric_is_named(
     path.write_text(json.dumps({"format_version": 1, "measurements": [entry]}))
     with pytest.raises(ValueError, match=message) as caught:
         load_measurements(path)
-    assert str(path) in str(caught.value)
+    said = str(caught.value)
+    assert said.startswith(
+        f"{path}: not a file of measurements: measurements.0.metrics"
+    )
+    assert said.endswith("See docs/report.md for its form.")
+
+
+def test_standard_error_may_be_left_out(tmp_path: Path) -> None:
+    metrics = {"piqa": {"value": 1, "kind": "accuracy"}}
+    entry = {"model": "m", "baseline": None, "metrics": metrics}
+    path = tmp_path / "nbl_measurements.json"
+    path.write_text(json.dumps({"format_version": 1, "measurements": [entry]}))
+    (measured,) = load_measurements(path)
+    assert measured.metrics == {"piqa": Metric(1.0, None, "accuracy")}
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not JSON"),
-        ("[]", "format_version <= 1, got None"),
-        ('{"format_version": 2}', "got 2"),
-        ('{"format_version": 1}', "no list 'measurements'"),
+        ("{", "invalid JSON"),
+        ("[]", r"format_version, got \[\]"),
+        ('{"format_version": 2}', "format_version is 2"),
+        ('{"format_version": 1}', "measurements: field required"),
     ],
 )
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -84,11 +96,17 @@ def test_evaluation_has_one_metric_per_task(tmp_path: Path) -> None:
         row("text", "bits_per_byte", 1.5),
         row("gen", "f1,none", 0.25),
     )
-    content = {"format_version": 1, "checkpoint": "out", "baseline": "base"}
-    content |= {"backend": "hf", "limit": None, **Comparison(rows).to_fields()}
-    path = tmp_path / RESULTS_FILE_NAME
-    assert path.name == EVALUATION_FILE_NAME
-    path.write_text(json.dumps(content))
+    comparison = Comparison(rows)
+    path = tmp_path / EVALUATION_FILE_NAME
+    EvaluationReport(
+        format_version=1,
+        checkpoint="out",
+        baseline="base",
+        backend="hf",
+        limit=None,
+        tasks=comparison.metric_results(),
+        average=comparison.average_result(),
+    ).save(path)
     base, compressed = evaluation_measurements(path)
     assert (base.model, base.baseline) == ("base", None)
     assert base.metrics["piqa acc_norm (hf)"] == Metric(0.75, 0.01, "accuracy")
@@ -98,8 +116,9 @@ def test_evaluation_has_one_metric_per_task(tmp_path: Path) -> None:
         "text bits_per_byte (hf)": Metric(1.5, None, "bits_per_byte"),
         "gen f1,none (hf)": Metric(0.25, None, "score"),
     }
+    content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "tasks": [{}]}))
-    with pytest.raises(ValueError, match="not an evaluation"):
+    with pytest.raises(ValueError, match=r"not an evaluation: tasks\.0\.task: field"):
         evaluation_measurements(path)
 
 

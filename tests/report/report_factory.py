@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbl_modifier.records.compression import FORMAT_VERSION, LayerResult, NBLReport
+from nbl_modifier.records.methods import MethodRow, MethodsTable, TextResult
 from nbl_modifier.records.speed import Capacity, MeasuredModel, SpeedReport, SpeedRow
 
+MODEL = "some-organization/some-model"
+BEST, REFERENCE = "best $x$", "ref"
 # Layer number to bound: the ranking is 2, 0, 3, 1.
 BOUNDS = {0: 2.5, 1: 9.0, 2: 1.25, 3: 4.0}
 SELECTED = [0, 2]
@@ -36,7 +39,7 @@ def make_report(**changes: object) -> NBLReport:
     ]
     fields = {
         "format_version": FORMAT_VERSION,
-        "model": "some-organization/some-model",
+        "model": MODEL,
         "model_type": "llama",
         "num_hidden_layers": 4,
         "criterion": "cca_bound",
@@ -53,6 +56,43 @@ def make_report(**changes: object) -> NBLReport:
         "evaluation": {"perplexity base": 14.5, "held-out tokens": 16320.0},
     }
     return NBLReport(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def method_row(method: str, m: int, ratio: float, **changes: object) -> MethodRow:
+    """Return a method at ``m`` of 8 layers; perplexity is ``ratio`` times 20."""
+    text = TextResult((20 * ratio, 0.5), (ratio, 0.01), (ratio / 1.1, 0.02), (0.5, 0.1))
+    fields = {
+        "method": method,
+        "m": m,
+        "layers": list(range(m)),
+        "num_parameters": 1_000_000,
+        "kv_cache": (8 - m) / 8,
+        "texts": {"c4": text},
+        "tasks": {"piqa": (0.5, 0.02), "boolq": (0.75, 0.01)},
+        "average": (0.6 / ratio, 0.011),
+    }
+    return MethodRow(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def make_table(**changes: object) -> MethodsTable:
+    """Return two methods beside a base model; ``changes`` are fields."""
+    rows = [
+        method_row("base", 0, 1.0),
+        *(method_row(BEST, m, 1 + m / 20) for m in (2, 4)),
+        *(method_row(REFERENCE, m, 1 + m / 10, facts=(7, 9)) for m in (2, 4)),
+    ]
+    fields = {
+        "model": MODEL,
+        "num_layers": 8,
+        "reference": REFERENCE,
+        "best": BEST,
+        "calibrated_on": "much text",
+        "measured_on": "other text",
+        "rows": rows,
+        "versions": {"torch": "1"},
+        "created": "2026-01-02T03:04:05+00:00",
+    }
+    return MethodsTable(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def write_checkpoint(

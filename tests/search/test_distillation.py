@@ -204,11 +204,16 @@ def test_divergence_is_that_of_the_predictions_that_count() -> None:
     torch.testing.assert_close(logits.grad, plain.grad)
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
 def test_gradient_is_that_of_the_whole_graph(
-    tiny_models: TinyModels, family: str
+    tiny_models: TinyModels,
+    family: str,
+    kept_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Layers that backward runs again, a skipped head and all."""
+    """Layers that backward runs again, or does not, a skipped head and all."""
+    monkeypatch.setattr("nbl_modifier.calibration.forward._KEPT_BYTES", kept_bytes)
     model = load(tiny_models(family)).eval()
     architecture = architecture_of(model.config.model_type)
     forward = PartialForward(model, architecture)
