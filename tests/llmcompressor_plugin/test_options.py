@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nbl_modifier import NBLModifier
-from nbl_modifier.llmcompressor_plugin.options import choose_rank
+from nbl_modifier.llmcompressor_plugin.choices import choose_rank
 from nbl_modifier.records.compression import NBLReport
 from tests.followers import TinyModels
 from tests.llmcompressor_plugin.test_modifier import ROUNDED, activations
