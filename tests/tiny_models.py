@@ -112,7 +112,7 @@ _TEXT_MODELS = {
     "qwen2_5_vl": "qwen2",
     "gemma3": "gemma3_text",
 }
-_VISION = {
+_VISION: dict[str, dict[str, Any]] = {
     "llava": {"model_type": "clip_vision_model", "projection_dim": 32},
     "mistral3": {"model_type": "pixtral"},
     "qwen2_5_vl": {"depth": 2, "num_heads": 2, "fullatt_block_indexes": [1]},
