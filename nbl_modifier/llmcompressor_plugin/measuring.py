@@ -183,6 +183,8 @@ class MeasuringModifier(Options, Modifier):
         assert self._plan is not None
         assert self._calibration is not None
         self._calibration.solve_finished(modules)
+        if self._plan.sources.complete:  # no batch has run
+            return
         finished = set(map(id, modules))
         layers = decoder_layers(state.model, self._plan.architecture)
         passed = {
