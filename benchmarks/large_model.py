@@ -108,7 +108,7 @@ def write_model(folder: Path, args: argparse.Namespace) -> int:
         shard = name.replace(".", "-") if layer is None else f"layer-{layer[1]}"
         shards.setdefault(f"{shard}.safetensors", {})[name] = weight
     generator = torch.Generator().manual_seed(0)
-    total, places = 0, {}
+    total, places = 0, dict[str, str]()
     for shard, weights in shards.items():
         tensors = {
             name: (

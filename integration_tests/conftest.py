@@ -290,11 +290,16 @@ def base(made: Materials, engine: Callable[..., Served]) -> Callable[[Row], Serv
     Return a function that runs a row's model itself in vLLM, in the row's dtype.
 
     Eagerly and in one process also where a row is not: on the CPU that does not change
-    the memory for the KV cache, VLLM_CPU_KVCACHE_SPACE for each process.
+    the memory for the KV cache, VLLM_CPU_KVCACHE_SPACE for each process. Caching of
+    prefixes, as the row has it, does where layers are recurrent.
     """
-    return lambda row: engine(
-        made.model(row.model), row.model, engine={"dtype": row.dtype}
-    )
+
+    def run(row: Row) -> Served:
+        same = row.engine.keys() & {"enable_prefix_caching", "language_model_only"}
+        options = {"dtype": row.dtype} | {name: row.engine[name] for name in same}
+        return engine(made.model(row.model), row.model, engine=options)
+
+    return run
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -146,8 +146,16 @@ class Worker:
 
 
 def vllm_environment(cache: Path) -> dict[str, str]:
-    """Return the variables of a process that runs vLLM; this process's own win."""
-    return ENVIRONMENT | {"VLLM_CACHE_ROOT": str(cache)} | os.environ
+    """
+    Return the variables of a process that runs vLLM; this process's own win.
+
+    It finds torchvision, which models that see images need, in a folder of its own:
+    see ``requirements/torchvision_sitecustomize.py``.
+    """
+    torchvision = Path(serve_python()).parents[1] / "torchvision"
+    paths = [os.environ.get("PYTHONPATH"), str(torchvision)]
+    variables = ENVIRONMENT | {"VLLM_CACHE_ROOT": str(cache)} | os.environ
+    return variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def serve_python() -> str:

@@ -128,10 +128,12 @@ def compress(
     import nbl_modifier.llmcompressor_plugin.modifier  # noqa: F401  # makes NBLModifier known to recipes
 
     has_own = (source / "processor_config.json").exists()
+    config = AutoConfig.from_pretrained(source)
+    sees = architecture_of(config.model_type).auto_class != "AutoModelForCausalLM"
     tokenizer = _tokenizer(name)
     dataset = _calibration_data(name, tokenizer, seed)
     # A path means a language model to oneshot().
-    model: Any = load_model(source) if has_own else str(source)
+    model: Any = load_model(source) if sees else str(source)
     torch.manual_seed(seed)  # the data loader draws the order of the samples
     oneshot(
         model=model,

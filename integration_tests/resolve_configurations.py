@@ -3,10 +3,13 @@ What vLLM makes of configurations: a process of its own, in the serve environmen
 
     python resolve_configurations.py FOLDER...
 
-Prints a JSON object by folder: every field of vLLM's configuration, as text.
+Prints a JSON object by folder: every field of vLLM's configuration, and what it makes
+of the model's, as text.
 """
 
 import dataclasses
+import functools
+import inspect
 import json
 import sys
 from typing import Any
@@ -27,8 +30,15 @@ def resolved(folder: str) -> dict[str, str]:
             for field in dataclasses.fields(value):
                 found = getattr(value, field.name, None)
                 fields[f"{part.name}.{field.name}"] = repr(found)
-    fields["hf_config.model_type"] = config.model_config.hf_config.model_type
+    model = config.model_config
+    fields["hf_config.model_type"] = model.hf_config.model_type
+    for name, _ in inspect.getmembers(type(model), _is_computed):
+        fields[f"model_config.{name}"] = repr(getattr(model, name, None))
     return fields
+
+
+def _is_computed(member: Any) -> bool:
+    return isinstance(member, (property, functools.cached_property))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Schemes that vLLM's CPU build cannot run: it says so, with NBL and without."""
+"""What vLLM's CPU build cannot run: it says so, with NBL and without."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from integration_tests.conftest import Materials
 
 # Two calibrations and two engines per scheme, to show that a limit is not ours.
 pytestmark = [pytest.mark.requires_vllm, pytest.mark.slow]
@@ -44,3 +46,13 @@ def test_scheme_needs_a_gpu(
     result, log = raw(directory, engine={"dtype": "bfloat16"})
     assert result.keys() == {"error"}
     assert message in result["error"] + log.read_text(encoding="utf-8")
+
+
+def test_mamba_2_has_no_prefix_cache(made: Materials, raw: Callable[..., Any]) -> None:
+    """
+    States at the ends of chunks are looked up where there is one per sequence only
+    (vllm 0.32.0, model_executor/layers/mamba/ops/cpu/mamba_ssm.py).
+    """
+    family = "granitemoehybrid"
+    result, _ = raw(made.model(family), family, engine={"dtype": "float32"})
+    assert "is out of bounds for dimension 0" in result["error"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from integration_tests.harness import serve_python
+from integration_tests.harness import serve_python, vllm_environment
 from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.hf.configuration_nbl import (
     LinearizedLayer,
@@ -32,8 +32,8 @@ NAMES = {
     "model_config.hf_config_path",
     "model_config.model_arch_config",
 }
-# vLLM's CPU build comes without one that fits its torch.
-NEED_TORCHVISION = {"llava", "qwen3_5_text"}
+# Names again, and the class and configuration that they lead to.
+NAMES |= {f"model_config.{name}" for name in ("architecture", "architectures")}
 
 
 def save(folder: Path, family: str, linearized: bool) -> str:
@@ -60,7 +60,7 @@ def save(folder: Path, family: str, linearized: bool) -> str:
 
 
 def test_every_family_is_configured_as_its_base_model(tmp_path: Path) -> None:
-    families = sorted(ARCHITECTURES.keys() - NEED_TORCHVISION)
+    families = sorted(ARCHITECTURES)
     folders = {
         (family, linearized): save(
             tmp_path / f"{family}-{linearized}", family, linearized
@@ -73,6 +73,7 @@ def test_every_family_is_configured_as_its_base_model(tmp_path: Path) -> None:
         [serve_python(), str(worker), *folders.values()],
         capture_output=True,
         text=True,
+        env=vllm_environment(tmp_path),
         cwd=Path(__file__).parents[1],
     )
     answers = [line for line in run.stdout.splitlines() if line.startswith("RESOLVED ")]

@@ -236,9 +236,11 @@ def assert_capacity(
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if row.model in more_families():  # one process, layers of any kinds
         length = engine_defaults(row.model)["max_model_len"]
-        engine = Engine(base_answer.block_size, in_flight=length)
+        prefix_caching = row.engine.get("enable_prefix_caching", True)
+        engine = Engine(base_answer.block_size, length, prefix_caching)
         cache = KVCache.from_config(config)
-        base_cache = KVCache.of_base_model(config, config["num_hidden_layers"])
+        count = config.get("text_config", config)["num_hidden_layers"]
+        base_cache = KVCache.of_base_model(config, count)
         times = base_cache.allotted(length, engine) / cache.allotted(length, engine)
         found = answer.kv_cache_tokens / base_answer.kv_cache_tokens
         assert found == pytest.approx(times, rel=0.01)

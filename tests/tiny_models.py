@@ -32,7 +32,7 @@ _HYBRID_KINDS = ("linear_attention", "full_attention")
 #: Configuration of each family beyond what all share, by ``model_type``.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "llava": {},
+    "llava": {"image_seq_length": 4},
     "mistral": _SLIDING,
     "qwen2": {},
     "qwen3": {},
@@ -83,9 +83,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": {
         "q_lora_rank": 24,
-        "kv_lora_rank": 16,
+        # as published: vLLM's kernel for CPUs has no other size
+        "kv_lora_rank": 512,
         "qk_nope_head_dim": 8,
-        "qk_rope_head_dim": 4,
+        "qk_rope_head_dim": 64,
         "v_head_dim": 8,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
@@ -98,12 +99,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "scoring_func": "sigmoid",
         "use_routing_bias": True,
     },
+    "mistral3": {"spatial_merge_size": 1},
+    "qwen2_5_vl": {"video_token_id": 0},
+    "gemma3": {"mm_tokens_per_image": 4, "boi_token_index": 0, "eoi_token_index": 0},
 }
 #: Families that every test takes; the others go through ``test_more_families.py``.
 THOROUGH = tuple(FAMILIES)[:13]
+# What the language model of one that sees images is, and what its vision tower is.
+_TEXT_MODELS = {
+    "llava": "llama",
+    "mistral3": "mistral",
+    "qwen2_5_vl": "qwen2",
+    "gemma3": "gemma3_text",
+}
+_VISION: dict[str, dict[str, Any]] = {
+    "llava": {"model_type": "clip_vision_model", "projection_dim": 32},
+    "mistral3": {"model_type": "pixtral"},
+    "qwen2_5_vl": {"depth": 2, "num_heads": 2, "fullatt_block_indexes": [1]},
+    "gemma3": {"model_type": "siglip_vision_model"},
+}
 _KINDS = {
     "gemma2": _SLIDING_KINDS,
     "gemma3_text": _SLIDING_KINDS,
+    "gemma3": _SLIDING_KINDS,
     "gemma4_text": _SLIDING_KINDS,
     "olmo3": _SLIDING_KINDS,
     "cohere2": _SLIDING_KINDS,
@@ -113,7 +131,7 @@ _KINDS = {
     "granitemoehybrid": _HYBRID_KINDS,
 }
 # Their classes in vLLM have no head of their own.
-_ALWAYS_TIED = {"cohere", "cohere2", "gemma2", "gemma3_text", "gemma4_text"}
+_ALWAYS_TIED = {"cohere", "cohere2", "gemma2", "gemma3", "gemma3_text", "gemma4_text"}
 
 
 def family_config(
@@ -170,7 +188,7 @@ def family_config(
     if model_type == "deepseek_v3":  # heads are its own
         del fields["head_dim"]
         fields["num_key_value_heads"] = num_attention_heads
-    if model_type in ("gemma2", "gemma3_text"):
+    if model_type in ("gemma2", "gemma3", "gemma3_text"):
         fields["query_pre_attn_scalar"] = head_dim
     if model_type in _KINDS:
         kinds = _KINDS[model_type]
@@ -183,33 +201,45 @@ def family_config(
             if kind == "full_attention"
         }
         fields["vocab_size_per_layer_input"] = vocab_size
-    if model_type == "llava":
-        return _vision_language_config(fields)
+    if model_type in _TEXT_MODELS:
+        return _vision_language_config(model_type, fields)
     config_class: Any = CONFIG_MAPPING[model_type]
     return config_class(**fields, **FAMILIES[model_type])
 
 
-def _vision_language_config(text: dict[str, Any]) -> Any:
-    """Return that of a Llama that sees images of 8 x 8: four patches, a token each."""
+def _vision_language_config(model_type: str, text: dict[str, Any]) -> Any:
+    """Return that of a model that sees images of 8 x 8: four patches, a token each."""
     from transformers import CONFIG_MAPPING
 
     vision = {
-        "model_type": "clip_vision_model",
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "image_size": IMAGE_SIZE,
         "patch_size": IMAGE_SIZE // 2,
-        "projection_dim": 32,
+        **_VISION[model_type],
     }
-    config_class: Any = CONFIG_MAPPING["llava"]
+    family = _TEXT_MODELS[model_type]
+    text = {"model_type": family, **text, **FAMILIES[family]}
+    image_token = "image_token_index"
+    if model_type == "qwen2_5_vl":
+        image_token, vision["out_hidden_size"] = "image_token_id", text["hidden_size"]
+        text["model_type"] = "qwen2_5_vl_text"
+        quarter = text["head_dim"] // 4  # of its angles for time, the others for space
+        sections = [2 * quarter - 2 * (quarter // 2), quarter // 2, quarter // 2]
+        text["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": sections,
+        }
+    config_class: Any = CONFIG_MAPPING[model_type]
     return config_class(
-        text_config={"model_type": "llama", **text},
+        text_config=text,
         vision_config=vision,
-        image_token_index=IMAGE_TOKEN,
-        image_seq_length=4,
         tie_word_embeddings=text["tie_word_embeddings"],
+        **{image_token: IMAGE_TOKEN},
+        **FAMILIES[model_type],
     )
 
 

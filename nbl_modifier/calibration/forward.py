@@ -22,6 +22,7 @@ from nbl_modifier.architectures import Architecture
 from nbl_modifier.hf.modeling_nbl import decoder_layers
 from nbl_modifier.layer_statistics.windows import Batch
 from nbl_modifier.numerics.products import FastProducts
+from nbl_modifier.replacement.surgery import copied_bytes
 
 from .cost import Progress
 
@@ -211,7 +212,8 @@ def recomputes(model: PreTrainedModel, tokens: int) -> bool:
     Return whether a graph over all layers would hold too much to be kept.
 
     By what a layer of Llama's kind keeps of a token: a dozen vectors of the hidden
-    size, norms' in float32, and three of the MLP's.
+    size, norms' in float32, and three of the MLP's. With them it holds the weights that
+    are offloaded and copied to where they compute: all of a model that does not fit.
 
     :param model: the causal language model
     :param tokens: that it is called with at a time
@@ -219,7 +221,8 @@ def recomputes(model: PreTrainedModel, tokens: int) -> bool:
     config = model.config.get_text_config()
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     values = (16 * config.hidden_size + 3 * width) * config.num_hidden_layers
-    return bool(tokens * values * model.dtype.itemsize > _KEPT_BYTES)
+    kept = tokens * values * model.dtype.itemsize + copied_bytes(model)
+    return bool(kept > _KEPT_BYTES)
 
 
 @contextmanager

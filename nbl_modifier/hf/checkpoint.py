@@ -146,6 +146,7 @@ def publish_on_save(
     before: Callable[[], None],
     extra_files: Callable[[Path], None],
     is_source_process: Callable[[], bool] = lambda: True,
+    defaults: Callable[[], dict[str, Any]] = dict,
 ) -> None:
     """
     Make ``model.save_pretrained`` write what was made, whole or not at all.
@@ -161,6 +162,7 @@ def publish_on_save(
     :param before: called first; converts the model if that is still to be done
     :param extra_files: writes the report and the model card into a directory
     :param is_source_process: whether this process writes, in a distributed run
+    :param defaults: returns arguments of ``save_pretrained`` that hold if not given
     """
     # If it was published before, with another report: not one inside the other.
     inner = getattr(model.save_pretrained, "_inner", model.save_pretrained)
@@ -177,6 +179,7 @@ def publish_on_save(
                 "are complete. Use model.push_to_hub(...) instead."
             )
         before()
+        kwargs = defaults() | kwargs
         if not is_source_process():  # gathers weights, writes nothing
             with _unfinished_config(model.config, architecture):
                 inner(str(target), *args, **kwargs)

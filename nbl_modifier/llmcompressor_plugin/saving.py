@@ -29,12 +29,16 @@ from nbl_modifier.architectures import ARCHITECTURES, Architecture
 from nbl_modifier.hf import register as register_classes
 from nbl_modifier.hf.checkpoint import publish_on_save
 from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
+from nbl_modifier.replacement.surgery import on_disk
 from nbl_modifier.report.model_card import write_report
 
 from .upstream import fuse_experts, keep_expert_names, running_oneshot, wrap_saving
 
 __all__ = ["publish", "register", "report_of"]
 
+# Of a checkpoint of what is on disk because it does not fit in memory: a file of it is
+# in memory, twice, while it is written. transformers' own is 50 GB.
+_SHARD_BYTES = 500_000_000
 RECIPE_FILE_NAME = "recipe.yaml"
 # default_stage, default_stage_1 (llm-compressor's), default_1_stage (ours)
 _STAGE_SUFFIX = re.compile(r"(_[0-9]+)?_stage(_[0-9]+)?$")
@@ -106,6 +110,7 @@ def publish(
         before=prepare,
         extra_files=partial(_write_extra_files, model),
         is_source_process=is_source_process,
+        defaults=lambda: {"max_shard_size": _SHARD_BYTES} if on_disk(model) else {},
     )
 
 

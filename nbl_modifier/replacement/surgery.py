@@ -12,11 +12,13 @@ from itertools import chain
 import torch
 from compressed_tensors.offload import (
     OffloadCache,
+    disable_onloading,
     get_cache_init_kwargs,
     get_execution_device,
     get_offloaded_device,
     offload_module,
 )
+from compressed_tensors.offload.cache import DiskCache
 from torch import Tensor, nn
 
 from nbl_modifier.architectures import Architecture
@@ -25,8 +27,10 @@ from nbl_modifier.hf.modeling_nbl import LowRankLinear, linearize_layer
 
 __all__ = [
     "Replacement",
+    "copied_bytes",
     "drop_restored_norms",
     "execution_device",
+    "on_disk",
     "replace",
     "replaced",
     "weight_dtype",
@@ -150,6 +154,31 @@ def _put(
         layers[index] = layer
         layer._modules.clear()  # first, or modules would change their order
         layer._modules.update(modules)
+
+
+def copied_bytes(model: nn.Module) -> int:
+    """
+    Return the bytes of the weights that are copied whenever they are used.
+
+    Those that llm-compressor keeps elsewhere than where they compute: on disk, or on
+    the CPU for a GPU.
+
+    :param model: any model
+    """
+    with disable_onloading():
+        return sum(
+            weight.nbytes
+            for module in model.modules()
+            if isinstance(cache := module._parameters, OffloadCache)
+            and str(cache.offload_device) != str(cache.onload_device)
+            for weight in cache.values()
+            if weight is not None
+        )
+
+
+def on_disk(model: nn.Module) -> bool:
+    """Return whether llm-compressor keeps some of a model's weights on disk."""
+    return any(isinstance(each._parameters, DiskCache) for each in model.modules())
 
 
 def _discard(modules: Iterable[nn.Module]) -> None:

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from compressed_tensors.offload import set_onload_device
 from torch import Tensor
 
 from nbl_modifier.architectures import architecture_of
-from nbl_modifier.calibration.forward import PartialForward
+from nbl_modifier.calibration.forward import PartialForward, recomputes
 from tests.followers import TinyModels
-from tests.tiny_llama import Model, load
+from tests.tiny_llama import Model, load, load_on_disk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,6 +32,21 @@ def batch_of(num_rows: int = 2, length: int = 24) -> dict[str, Tensor]:
 
 def partial(model: Model) -> PartialForward:
     return PartialForward(model, architecture_of(model.config.model_type))
+
+
+def test_a_graph_does_not_hold_a_model_that_is_on_disk(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight is read for each use, and backward needs it again: all of them."""
+    model = load(llama)
+    weights = sum(weight.nbytes for weight in model.model.layers.parameters())
+    # more than what layers make of a token, less than their weights
+    monkeypatch.setattr("nbl_modifier.calibration.forward._KEPT_BYTES", weights // 2)
+    assert not recomputes(model, tokens=1)
+    # what calibration does to any model on a CPU: it computes where it is kept
+    set_onload_device(model, torch.device("cpu"))
+    assert not recomputes(model, tokens=1)
+    assert recomputes(load_on_disk(llama, tmp_path), tokens=1)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -297,8 +297,16 @@ def test_replaced_attention_is_freed(llama: Path, rows: Dataset, recipe: str) ->
 
 @pytest.mark.parametrize("recipe", ["nbl", "nbl+gptq"])
 def test_model_that_is_mostly_on_disk(
-    llama: Path, rows: Dataset, tmp_path: Path, recipe: str
+    llama: Path,
+    rows: Dataset,
+    tmp_path: Path,
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    shard = 20_000  # bytes; a file is in memory while it is written
+    place = "nbl_modifier.llmcompressor_plugin.saving._SHARD_BYTES"
+    monkeypatch.setattr(place, shard)
+
     def modifiers() -> list[Modifier]:
         return [NBLModifier(layers=[1, 3]), *([gptq()] if "gptq" in recipe else [])]
 
@@ -313,6 +321,9 @@ def test_model_that_is_mostly_on_disk(
     assert_same_weights(model, expected)
     logits = logits_of(model)
     model.save_pretrained(tmp_path / "out")
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    assert max(file.stat().st_size for file in files) < 2 * shard
     nbl_modifier.hf.register()
     assert torch.equal(logits_of(load(tmp_path / "out")), logits)
 
