@@ -62,7 +62,7 @@ class MeasuringModifier(Options, Modifier):
     _progress: Progress = PrivateAttr()
     _passed: set[int] = PrivateAttr(default_factory=set)
     _calibration: Calibration | None = PrivateAttr(default=None)
-    _fused_attention: FusedAttention = PrivateAttr()
+    _fused_attention: FusedAttention | None = PrivateAttr(default=None)
     _products: FastProducts = PrivateAttr()
     # What is switched on until the modifier is finalized, and within that what is
     # until its search has ended.
@@ -162,8 +162,11 @@ class MeasuringModifier(Options, Modifier):
         # The pipeline draws this pass's samples next. Later passes draw what they would
         # have drawn.
         until_end.callback(torch.random.set_rng_state, rewind_generator())
-        self._fused_attention.switch_on()
-        until_end.callback(self._fused_attention.switch_off)
+        # It holds the attention modules, those that are about to be freed too.
+        fused, self._fused_attention = self._fused_attention, None
+        assert fused is not None
+        fused.switch_on()
+        until_end.callback(fused.switch_off)
         hide_bars()
         until_end.callback(show_bars)
         # Until the end of the run: the passes of later modifiers are as slow otherwise.
