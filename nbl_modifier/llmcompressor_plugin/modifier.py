@@ -39,7 +39,7 @@ class NBLModifier(MeasuringModifier):
     before and after attention (Algorithm 2), or by the error itself; the lowest are
     replaced. A replaced layer has no KV cache.
 
-    Lifecycle:
+    Lifecycle, all but the last step in :class:`MeasuringModifier`:
 
     - on_initialize: check recipe, model, data and output directory
     - on_calibration_start: register hooks on attention and its input norm
