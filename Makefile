@@ -48,7 +48,7 @@ export VLLM_CPU_OMP_THREADS_BIND ?= nobind
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help env env-compress env-serve demo demo-llm test unit core integration \
+.PHONY: help env env-compress env-serve demo demo-llm test quick unit core integration \
 	integration-versions support-table lint typecheck format bench bench-gpu build clean
 
 help:  ## Show this list
@@ -71,6 +71,16 @@ test: env lint typecheck unit core  ## Everything CI checks
 unit: env-compress  ## Tests that need no vLLM
 	OMP_NUM_THREADS=1 $(COMPRESS_PY) -m pytest tests -m "$(MARKERS)" \
 		-n $(PROCESSES) --dist loadfile $(PYTEST_ARGS)
+
+# What needs no model: numbers, records, pages, and what holds of the code itself.
+QUICK := tests/numerics tests/records tests/report tests/kv_cache \
+	$(addprefix tests/calibration/test_,cost.py phases.py progress.py leaderboard.py) \
+	$(addprefix tests/evaluation/test_,cache.py comparison.py scores.py suites.py) \
+	$(addprefix tests/search/test_,budget.py muon.py) \
+	$(addprefix tests/test_,criteria.py import_contract.py mirror.py sizes.py)
+quick: env-compress  ## A fifth of them, which need no model: a minute or two
+	OMP_NUM_THREADS=1 $(COMPRESS_PY) -m pytest $(QUICK) -n $(PROCESSES) \
+		--dist loadfile $(PYTEST_ARGS)
 
 core: env  ## Tests against real vLLM: a few of each kind
 	OMP_NUM_THREADS=1 NBL_SERVE_PYTHON=$(SERVE_PY) \

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes tables into the docs: NBLModifier's fields, from its docstring, the criteria, and
-in CONTRIBUTING.md the folders, from their docstrings and the import contract.
+Writes tables into the docs: NBLModifier's fields, from the docstring of its options,
+the criteria, and in CONTRIBUTING.md the folders, from their docstrings and the import
+contract.
 
     python docs/generate.py
 
@@ -19,6 +20,7 @@ from typing import Any
 
 from nbl_modifier import NBLModifier
 from nbl_modifier.criteria import CRITERIA
+from nbl_modifier.llmcompressor_plugin.options import Options
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nbl_modifier"
@@ -30,8 +32,8 @@ _PARAMETER = re.compile(
 
 
 def described() -> dict[str, str]:
-    """Return what the class says of each field."""
-    text = inspect.getdoc(NBLModifier) or ""
+    """Return what the class of the options says of each field."""
+    text = inspect.getdoc(Options) or ""
     return {
         name: " ".join(words.split()).replace("``", "`")
         for name, words in _PARAMETER.findall(text)

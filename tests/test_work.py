@@ -282,6 +282,20 @@ def test_as_many_forward_passes_as_planned_for_what_was_chosen(llama: Path) -> N
     assert modifier._progress.cost.passes == pytest.approx(expected / 64, rel=0.25)
 
 
+def test_passes_that_statistics_spare_are_not_counted(
+    llama: Path, tmp_path: Path
+) -> None:
+    rows = token_rows(16, 64)
+    fields: dict[str, Any] = {"num_layers": 2, "criterion": "kl"}
+    kept = NBLModifier(save_statistics=str(tmp_path), **fields)
+    compress(load(llama), [kept], rows)
+    model = load(llama)
+    counter = WindowCounter(model)
+    modifier = NBLModifier(statistics=str(tmp_path), **fields)
+    compress(model, [modifier], rows)
+    assert 0 < modifier._progress.passes == counter.windows / (4 * 16)
+
+
 def test_preset_best_takes_about_as_many_forward_passes_as_stated() -> None:
     """How many layers greedy selection tries again depends on the model."""
     texts = stdlib_texts("calibration")

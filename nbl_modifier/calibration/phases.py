@@ -118,18 +118,18 @@ def _selection(settings: Settings, order: Sequence[int]) -> Iterator[Phase]:
     yield _loss(settings)  # of the base model, whose streams are kept
     again = settings.greedy and not settings.tried
     left = sorted(settings.candidates)
+    if settings.tried:
+        yield _trials(settings, left)
     for number, index in enumerate(order):
         if number > 0 and again:
             runs = (left[-1] + 1) * settings.windows
             yield Phase("selection", runs, measured=len(left))
-        if settings.tried and number == 0:
-            yield _trials(settings, left)
-        elif settings.tried and settings.greedy:
+        if number > 0 and settings.tried and settings.greedy:
             yield sum([_trial(settings)] * _TRIED_AGAIN, Phase("trials"))
         if settings.limited and not settings.tried:
             yield _loss(settings)
         left.remove(index)
-    if not settings.limited and not (settings.greedy and settings.tried):
+    if order and not settings.limited and not (settings.greedy and settings.tried):
         yield _loss(settings)  # of the model with all of them
 
 

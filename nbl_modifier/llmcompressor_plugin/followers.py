@@ -14,7 +14,8 @@ from typing import Any
 
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.utils.match import is_match
-from llmcompressor.core import State
+from llmcompressor.core import State, active_session
+from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.pruning import (
     ConstantPruningModifier,
@@ -32,6 +33,7 @@ from transformers import PreTrainedModel
 from nbl_modifier.architectures import architecture_of
 from nbl_modifier.hf.configuration_nbl import NBLConfigMixin
 
+from .options import Options
 from .smoothing import (
     MixedModel,
     mappings_of,
@@ -42,7 +44,7 @@ from .smoothing import (
 )
 from .upstream import quantized_attention
 
-__all__ = ["Followers", "refuse_earlier"]
+__all__ = ["Followers", "check_recipe", "refuse_earlier", "refuse_shared_pass"]
 
 _REFUSED: dict[type[Modifier], str] = {
     SpinQuantModifier: (
@@ -179,6 +181,69 @@ class Followers:
         elif isinstance(modifier, SmoothQuantModifier):
             mappings = self._user_mappings[id(modifier)]
             modifier.mappings = list(rewrite_smoothquant(mappings, mixed))
+
+
+def check_recipe(
+    options: Options,
+    model: PreTrainedModel,
+    oneshot: Oneshot | None,
+    kwargs: dict[str, Any],
+) -> Followers | None:
+    """
+    Return the modifiers after ours in the recipe, all of them checked.
+
+    :param options: our modifier
+    :param model: the model before it is linearized
+    :param oneshot: the call that runs the recipe, if there is one
+    :param kwargs: what ``on_initialize`` was called with
+    :return: None outside of a recipe
+    :raises ValueError: naming the modifier that cannot be beside ours
+    """
+    recipe: list[Modifier] = active_session().lifecycle.recipe.modifiers
+    ours: object = options
+    position = next((i for i, m in enumerate(recipe) if m is ours), None)
+    if position is None:  # initialized by hand, outside of a recipe
+        return None
+    earlier, later = recipe[:position], recipe[position + 1 :]
+    if any(isinstance(modifier, Options) for modifier in earlier):
+        raise ValueError(
+            "the recipe has two NBLModifiers, and the second would rank layers of "
+            "a model that the first is about to change. Use one."
+        )
+    refuse_earlier(earlier)
+    if oneshot is not None:
+        _check_pipeline(options, oneshot, [*earlier, *later])
+    return Followers(later, model, kwargs)
+
+
+def _check_pipeline(
+    options: Options, oneshot: Oneshot, others: Sequence[Modifier]
+) -> None:
+    pipeline = str(oneshot.dataset_args.pipeline).lower()
+    if pipeline == "datafree" and options.statistics is None:
+        raise ValueError(
+            "NBLModifier needs calibration data, which pipeline='datafree' does "
+            "not pass. Use oneshot(pipeline='independent'), the default."
+        )
+    # Asked again when calibration starts: not every run is oneshot's.
+    if pipeline != "independent":
+        refuse_shared_pass(others)
+
+
+def refuse_shared_pass(others: Sequence[Modifier]) -> None:
+    """
+    Refuse to calibrate in one pass with other modifiers.
+
+    :param others: those of the recipe, or of the pass
+    :raises ValueError: naming them
+    """
+    if others:
+        raise ValueError(
+            f"NBLModifier shares its calibration pass with "
+            f"{', '.join(type(m).__name__ for m in others)}, which would work on "
+            "layers that are about to be replaced. Use "
+            "oneshot(pipeline='independent'), the default."
+        )
 
 
 def _refuse_post_norms(

@@ -1,225 +1,270 @@
-"""
-Which replacements exist, and which options go together. Standard library only, so that
-a recipe's mistakes show before anything is loaded.
-"""
+"""What a recipe says to NBLModifier: its fields, presets, and what they must be."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from nbl_modifier.criteria import TRIED
-
-__all__ = [
-    "check_options",
-    "check_pattern",
-    "choose_rank",
-    "refuse_boolean",
-    "why_idle",
-]
-
-
-Values = Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class _Idle:
-    """
-    Fields of NBLModifier that have no effect beside what other fields say.
-
-    :param beside: those other fields, as a recipe says them
-    :param when: whether they say so, of the values of all fields
-    :param fields: what has no effect then, unless it has its default
-    :param reason: why, after ``beside``
-    :param remedy: what to do instead of removing it
-    :param only: the values that have no effect; None for all
-    """
-
-    beside: str
-    when: Callable[[Values], bool]
-    fields: tuple[str, ...]
-    reason: str
-    remedy: str
-    only: tuple[Any, ...] | None = None
-
-
-# One row for each way in which an option could be passed over without a word.
-_IDLE = (
-    _Idle(
-        "method: drop",
-        lambda values: values["method"] == "drop",
-        ("rank", "max_parameters", "refit", "distill_epochs", "distill_rate")
-        + ("estimator", "input", "dampening_frac"),
-        "puts nothing in place of a layer",
-        "use method: linear",
-    ),
-    _Idle(
-        "kind: block",
-        lambda values: values["kind"] == "block",
-        ("input",),
-        "replaces the input norm, too, and reads the residual stream",
-        "use kind: attention",
-    ),
-    _Idle(
-        "estimator: wo_wv",
-        lambda values: values["estimator"] == "wo_wv",
-        ("refit", "dampening_frac"),
-        "takes the map from attention's own weights",
-        "use estimator: lmmse",
-    ),
-    _Idle(
-        "layers",
-        lambda values: values["layers"] is not None,
-        ("max_nmse", "max_perplexity_increase", "selection"),
-        "says which layers to replace",
-        "give num_layers instead of layers",
-    ),
-    _Idle(
-        "layers",
-        lambda values: values["layers"] is not None,
-        ("criterion",),
-        "says which layers to replace, without a measurement",
-        "give num_layers instead of layers",
-        only=TRIED,
-    ),
-    _Idle(
-        "distill_epochs: 0",
-        lambda values: not values["distill_epochs"],
-        ("distill_rate",),
-        "trains nothing",
-        "give distill_epochs",
-    ),
+from loguru import logger
+from pydantic import (
+    BaseModel,
+    Field,
+    PrivateAttr,
+    StrictFloat,
+    StrictInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
 )
-# Saved recipes hold the defaults of the version that saved them, and replay.
-_EARLIER_DEFAULTS: dict[str, tuple[Any, ...]] = {"distill_rate": (0.4,)}
+
+from nbl_modifier.architectures import Architecture
+from nbl_modifier.criteria import CRITERIA, TRIED
+
+from .rules import check_options, check_pattern, refuse_boolean, why_idle
+
+__all__ = ["Options"]
+
+# Read from the rows, so that a new criterion is known here by itself.
+if TYPE_CHECKING:
+    CriterionName = str
+else:
+    CriterionName = Literal[tuple(CRITERIA)]
+
+# Fields that a preset sets; how they were found is in docs/selection.md.
+_PRESETS: dict[str | None, dict[str, Any]] = {
+    "best": {
+        "criterion": "kl_angle",
+        "selection": "greedy",
+        "distill_epochs": 4,
+        "input": "normalized",
+    },
+}
 
 
-def why_idle(name: str, value: Any, values: Values) -> str | None:
+class Options(BaseModel):
     """
-    Return why a field of NBLModifier has no effect beside the others, or None.
+    The fields of :class:`NBLModifier`.
 
-    :param name: of the field
-    :param value: which it has, or is to have
-    :param values: of all fields, by name
+    :param num_layers: how many layers to replace, the best-ranked ones
+    :param layers: the decoder layers to replace, by index from 0, instead of
+        ``num_layers``; only these are measured
+    :param kv_cache_reduction: the part of the base model's KV cache to free at least,
+        in (0, 1], instead of ``num_layers``: of K layers, all alike, the best-ranked
+        ``ceil(kv_cache_reduction * K)``, those of earlier runs included. Of layers of
+        several kinds, as many of each as free so much in vLLM
+    :param kv_cache_context: tokens of a sequence that its KV cache is counted for, the
+        model's maximum if not given; where all layers are alike, it makes no difference
+    :param max_nmse: replace only layers whose linear map has at most this NMSE on
+        held-out tokens; alone, all of them
+    :param max_perplexity_increase: replace layers, in the order of the ranking, as
+        long as perplexity on held-out windows is at most ``1 + this`` times the base
+        model's; both may be combined with ``num_layers`` or ``kv_cache_reduction``,
+        which is then the most to replace
+    :param targets: names, ``re:`` patterns or class names of the attention modules, or
+        decoder layers, that may be replaced; all of the decoder if not given
+    :param ignore: the same, of those to keep
+    :param criterion: what layers are ranked by, lowest first: ``cca_bound`` (the
+        paper's), ``nmse``, the unexplained part of the attention output's variance,
+        ``residual_nmse``, the same over the variance of the residual stream after
+        attention, ``cosine``, one minus the mean cosine similarity of the stream before
+        and after attention, or, measured on held-out windows when that layer alone is
+        replaced, ``loss``, the increase of the mean negative log-likelihood, ``kl``,
+        the divergence of the next-token distributions from the original model's, or
+        ``kl_angle``, that times the angle by which attention turns the stream
+    :param selection: rank once (``one_shot``, the paper's), or again after each
+        replacement, on the partly linear model (``greedy``)
+    :param refit: fit the chosen layers again, in order of depth, to lead from the
+        linearized model's residual stream to the original one's
+    :param distill_epochs: after all fits, train the maps and the gains of the norms,
+        and nothing else, at most so often over the calibration windows, until the model
+        predicts as the original one did; 0 leaves both as they are
+    :param distill_rate: learning rate of that: by how much one step may change an
+        output of a map at most, over its standard deviation; dimensionless. Found on
+        held-out windows if not given
+    :param kind: what is replaced: ``attention``, or the whole transformer ``block``,
+        its MLP and norms included
+    :param method: by what: a ``linear`` map, or nothing (``drop``). Without a block the
+        model is one layer shorter: if no layer is linear, the checkpoint is one of the
+        base model's class, which needs nothing of this package
+    :param estimator: where the linear map comes from: ``lmmse``, fitted to the
+        calibration data, or ``wo_wv``, the product of attention's own output and value
+        projections (Puzzle's initialisation, arXiv:2411.19146), with
+        ``input: normalized``; data then only ranks the layers
+    :param rank: rank of the linear maps, each two thin layers then (reduced-rank
+        regression): an integer, or a fraction of the hidden size; full if not given
+    :param max_parameters: weights that all linear maps together may have, instead of
+        ``rank``
+    :param input: what the linear layer reads: the ``residual`` stream (the paper's; the
+        input norm is folded into the map and removed) or the output of the input norm
+        (``normalized``). No matter where nothing is put in place
+    :param preset: ``best`` fills in the settings that keep most of the model's quality,
+        see docs/selection.md, for fields that are not given and have a meaning here
+    :param dampening_frac: added to the diagonal of C_xx, as a fraction of its mean;
+        dimensionless, >= 0. A singular C_xx is dampened further, which is reported
+    :param canonical_correlations: whether the report holds quantiles of each layer's
+        canonical correlations, which takes an SVD per layer
+    :param save_statistics: folder for the statistics of every layer, about
+        ``32 d^2`` bytes each (56 with the input norm's output); a calibration that
+        was interrupted goes on at the layer where it stopped
+    :param statistics: folder that such a run wrote, to be used instead of calibrating:
+        any other budget, criterion or dampening in the time it takes to solve
     """
-    for row in _IDLE:
-        if (
-            name in row.fields
-            and (row.only is None or value in row.only)
-            and row.when(values)
-        ):
-            return (
-                f"NBLModifier.{row.beside} {row.reason}, so {name} has no effect, got "
-                f"{name}: {_as_yaml(value)}. Remove it, or {row.remedy}."
-            )
-    return None
 
+    num_layers: int | None = Field(default=None, ge=1)
+    layers: list[int] | None = None
+    kv_cache_reduction: float | None = Field(default=None, gt=0.0, le=1.0)
+    kv_cache_context: int | None = Field(default=None, ge=1, le=2**31)
+    max_nmse: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    max_perplexity_increase: float | None = Field(
+        default=None, ge=0.0, allow_inf_nan=False
+    )
+    targets: list[str] | None = None
+    ignore: list[str] = Field(default_factory=list)
+    criterion: CriterionName = "cca_bound"
+    selection: Literal["one_shot", "greedy"] = "one_shot"
+    refit: bool = False
+    distill_epochs: int = Field(default=0, ge=0)
+    distill_rate: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    kind: Literal["attention", "block"] = "attention"
+    method: Literal["linear", "drop"] = "linear"
+    estimator: Literal["lmmse", "wo_wv"] = "lmmse"
+    rank: StrictInt | StrictFloat | None = None
+    max_parameters: int | None = Field(default=None, ge=1)
+    input: Literal["residual", "normalized"] = "residual"
+    preset: Literal["best"] | None = None
+    dampening_frac: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    canonical_correlations: bool = False
+    save_statistics: str | None = None
+    statistics: str | None = None
 
-def _as_yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    _filled_in: set[str] = PrivateAttr(default_factory=set)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_booleans(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if cls.model_fields[info.field_name].annotation is not bool:
+            refuse_boolean(value)
+        return value
 
-def check_options(values: Values, defaults: Values) -> None:
-    """
-    Refuse options of NBLModifier that do not go together, or have no effect.
-
-    :param values: of all fields, by name
-    :param defaults: theirs
-    :raises ValueError: naming the fields
-    """
-    if values["rank"] is not None and values["max_parameters"] is not None:
-        raise ValueError(
-            "NBLModifier.rank and max_parameters both say which rank the linear layers "
-            "have. Give one of the two."
-        )
-    for name, value in values.items():
-        given = value != defaults[name] and value not in _EARLIER_DEFAULTS.get(name, ())
-        idle = why_idle(name, value, values) if given else None
-        if idle is not None:
-            raise ValueError(idle)
-    kind, reads = values["kind"], values["input"]
-    if values["estimator"] == "wo_wv" and (kind == "block" or reads != "normalized"):
-        raise ValueError(
-            "NBLModifier.estimator: wo_wv is a map of the input norm's output, from "
-            "attention's own weights. It needs kind: attention and input: normalized, "
-            f"got kind: {kind}, input: {reads}. Give these, or use estimator: lmmse."
-        )
-
-
-def refuse_boolean(value: Any) -> None:
-    """
-    Refuse true and false where a number or a name is wanted.
-
-    :param value: of a field, a list of them too
-    :raises ValueError: saying what to write
-    """
-    for each in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(each, bool):
-            raise ValueError(
-                f"true and false are no value here, got {_as_yaml(each)}. (YAML reads "
-                "yes, no, on and off as these, too.) Write the number or name that is "
-                "meant, or remove the field."
-            )
-
-
-def check_pattern(patterns: Sequence[str]) -> None:
-    """
-    Refuse ``re:`` patterns that are no regular expressions.
-
-    :param patterns: names, class names and patterns
-    :raises ValueError: naming the pattern
-    """
-    for pattern in patterns:
-        if not pattern.startswith("re:"):
-            continue
-        try:
-            re.compile(pattern.removeprefix("re:"))
-        except (re.error, OverflowError, RecursionError) as err:
-            raise ValueError(
-                f"what follows 're:' must be a regular expression, got {pattern!r} "
-                f"({err}). Correct it, or leave out 're:' for a name."
-            ) from err
-
-
-def choose_rank(
-    hidden_size: int,
-    num_layers: int,
-    rank: float | None,
-    max_parameters: int | None,
-) -> int | None:
-    """
-    Return the rank of each linear layer; None for full rank.
-
-    A layer of rank r has ``2 r d + d`` weights, one of full rank ``d^2 + d``: where
-    the budget allows a rank of d / 2, full rank costs no more and is better.
-
-    :param hidden_size: d
-    :param num_layers: layers to be replaced, at most
-    :param rank: an integer, or a fraction of ``hidden_size``; or None
-    :param max_parameters: weights of all linear layers together; or None
-    :raises ValueError: naming the recipe's field, if there is no such rank
-    """
-    d = hidden_size
-    if max_parameters is not None:
-        each = max_parameters // num_layers - d
-        if each >= d * d:
+    @field_validator("layers")
+    @classmethod
+    def _check_layers(cls, layers: list[int] | None) -> list[int] | None:
+        if layers is None:
             return None
-        if each < 2 * d:
+        if not layers or min(layers) < 0 or len(set(layers)) < len(layers):
             raise ValueError(
-                f"NBLModifier.max_parameters: {num_layers} linear layers of hidden "
-                f"size {d} have at least {num_layers * 3 * d} weights, got "
-                f"{max_parameters}. Allow more, replace fewer, or use method: drop."
+                "must be distinct decoder layer indices >= 0, at least one, got "
+                f"{layers}."
             )
-        return each // (2 * d)
-    if rank is None:
-        return None
-    if isinstance(rank, int):
-        if rank > d:
+        return sorted(layers)
+
+    @field_validator("rank")
+    @classmethod
+    def _check_rank(cls, rank: float | None) -> float | None:
+        if rank is None or (isinstance(rank, int) and rank >= 1) or 0 < rank < 1:
+            return rank
+        raise ValueError(
+            "must be an integer >= 1, or a fraction of the hidden size between 0 and "
+            f"1, got {rank}. Without a linear map: method: drop."
+        )
+
+    @field_validator("targets", "ignore")
+    @classmethod
+    def _check_patterns(cls, patterns: list[str] | None) -> list[str] | None:
+        check_pattern(patterns or [])
+        return patterns
+
+    @field_validator("statistics", "save_statistics")
+    @classmethod
+    def _check_folder(cls, folder: str | None) -> str | None:
+        if folder is not None and (not folder.strip() or "\0" in folder):
+            raise ValueError(f"must name a folder, got {folder!r}. Give its path.")
+        return folder
+
+    @model_validator(mode="after")
+    def _fill_in_preset(self) -> Self:
+        for name, value in _PRESETS.get(self.preset, {}).items():
+            given = name in self.model_fields_set
+            if why_idle(name, value, self._values) is not None:
+                if given and self.layers is not None:
+                    self._restore_default(name)
+            elif not given:
+                setattr(self, name, value)
+                self._filled_in.add(name)
+            elif getattr(self, name) != value:
+                logger.info(
+                    "NBLModifier.{}: {!r} as given, not {!r} of preset {!r}",
+                    name,
+                    getattr(self, name),
+                    value,
+                    self.preset,
+                )
+        return self
+
+    def _restore_default(self, name: str) -> None:
+        """Undo what an earlier version wrote into the recipe that it saved."""
+        default, found = type(self).model_fields[name].default, getattr(self, name)
+        if found != default:
+            setattr(self, name, default)
+            logger.warning(
+                "NBLModifier.{}: {!r} of preset {!r} chooses among layers, and layers "
+                "says which they are, so it is left out",
+                name,
+                found,
+                self.preset,
+            )
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        fields = type(self).model_fields
+        defaults = {
+            name: field.get_default(call_default_factory=True)
+            for name, field in fields.items()
+        }
+        check_options(self._values, defaults)
+        return self
+
+    @model_validator(mode="after")
+    def _check_folders(self) -> Self:
+        if self.statistics is not None and self.save_statistics is not None:
             raise ValueError(
-                f"NBLModifier.rank: the model's hidden size is {d}, got {rank}. Use a "
-                "lower rank, or none for full rank."
+                "NBLModifier.statistics says where to read statistics and "
+                "save_statistics where to write them. Give one of the two."
             )
-        return rank
-    return max(1, round(rank * d))
+        return self
+
+    def fit_to(self, architecture: Architecture) -> None:
+        """
+        Let what a preset filled in be what the family has.
+
+        :param architecture: the model's family
+        """
+        if "input" in self._filled_in and self.input not in architecture.inputs:
+            (self.input,) = architecture.inputs
+            logger.info("NBLModifier.input: {!r}, what this family has", self.input)
+
+    @property
+    def ranks_only(self) -> bool:
+        """Whether no layer is to be replaced."""
+        return False
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether the model runs over all calibration windows more than once."""
+        greedy = self.selection == "greedy"
+        return greedy or self.refit or self.distill_epochs > 0
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether something is measured on windows that are not fitted on."""
+        return self.max_nmse is not None or self.measures_losses
+
+    @property
+    def measures_losses(self) -> bool:
+        """Whether the model runs over windows that are not fitted on."""
+        limited = self.max_perplexity_increase is not None
+        return self.criterion in TRIED or limited or self.distill_epochs > 0

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from typing import Self
 
 from llmcompressor.core import State
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, model_validator
 
 from nbl_modifier.records.compression import NBLReport
 from nbl_modifier.search.outcome import Outcome
 
-from .modifier import NBLModifier
+from .measuring import MeasuringModifier
 
 __all__ = ["RankingModifier"]
 
+# Fields that say what to replace, and how often to look.
+_OF_REPLACING = (
+    "num_layers",
+    "kv_cache_reduction",
+    "max_nmse",
+    "max_perplexity_increase",
+    "max_parameters",
+    "preset",
+    "selection",
+    "refit",
+    "distill_epochs",
+)
 
-class RankingModifier(NBLModifier):
+
+class RankingModifier(MeasuringModifier):
     """
     Measures and ranks the layers as :class:`NBLModifier` does, and replaces none.
 
@@ -25,11 +37,16 @@ class RankingModifier(NBLModifier):
 
     _ranking: NBLReport | None = PrivateAttr(default=None)
 
-    def __init__(self, **fields: Any) -> None:
-        """
-        :param fields: those of :class:`NBLModifier` that say what to measure
-        """
-        super().__init__(num_layers=1, **fields)
+    @model_validator(mode="after")
+    def _refuse_budget(self) -> Self:
+        for name in _OF_REPLACING:
+            value = getattr(self, name)
+            if value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"RankingModifier replaces no layer, so {name} has no effect, got "
+                    f"{name}: {value}. Remove it, or use NBLModifier."
+                )
+        return self
 
     @property
     def ranking(self) -> NBLReport:
@@ -42,19 +59,11 @@ class RankingModifier(NBLModifier):
             raise RuntimeError("the layers have not been measured yet. Run oneshot().")
         return self._ranking
 
-    def _put_in_place(self, state: State, outcome: Outcome) -> None:  # noqa: ARG002
+    @property
+    def ranks_only(self) -> bool:
+        """Whether no layer is to be replaced."""
+        return True
+
+    def _conclude(self, state: State, outcome: Outcome, report: NBLReport) -> None:  # noqa: ARG002
         """Keep the ranking, and have nothing to finalize."""
-        report, self._report = self._report, None
-        assert report is not None
-        layers = [
-            dataclasses.replace(layer, selected=False, reason="ranked only")
-            for layer in report.layers
-        ]
-        kept = report.previous.selected_layers if report.previous is not None else []
-        self._ranking = dataclasses.replace(
-            report,
-            layers=layers,
-            selected_layers=kept,
-            binding=None,
-            kv_cache_left=None,
-        )
+        self._ranking = report

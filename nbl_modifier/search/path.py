@@ -188,6 +188,7 @@ class Path:
                 i: Effect.of(trial, self.base, self.calibration.measured[i].cosine)
                 for i, trial in trials.items()
             }
+        if self.base is not None and self._trials is not None and taken:
             final = taken[-1].loss or self._trials.loss(replacements)
             finite(final, f"with layers {sorted(replacements)} replaced")
             path = [step.loss.perplexity if step.loss else None for step in taken]

@@ -78,6 +78,8 @@ class TrainedMap:
 
         :param rate: by how much a step may change an output, over its spread
         """
+        # A step of spectral norm s moves the outputs by s times the norm of x at most,
+        # which is sqrt(d_in); the spread of an output is the norm of its row.
         d_in = len(self._mean)
         features = float(self._inner.detach().square().sum(1).mean().sqrt())
         steps = [Trained(self._inner, rate * features / math.sqrt(d_in))]
@@ -86,6 +88,7 @@ class TrainedMap:
             d_out, rank = self._expand.shape
             steps.append(Trained(self._expand, rate / math.sqrt(d_out)))
             outputs = features * math.sqrt(rank / d_out)
+        # A bias moves all tokens alike: half as far as a map may move one.
         steps.append(Trained(self._bias, rate * outputs / math.sqrt(4 * d_in)))
         return steps
 

@@ -86,8 +86,9 @@ def test_the_checkpoint_is_that_of_a_calibration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And no text is measured unless one is named: that would take most of the time."""
-    kept = str(tmp_path / "kept")
-    assert main(["rank", MODEL, *SMALL, "--save-statistics", kept]) == 0
+    kept, ranking = str(tmp_path / "kept"), str(tmp_path / "ranking")
+    measure = ["rank", MODEL, *SMALL, "--output", ranking]
+    assert main([*measure, "--save-statistics", kept]) == 0
     command = ["compress", MODEL, "--recipe", RECIPE, "--output"]
     expected, output = tmp_path / "expected", tmp_path / "output"
     assert main([*command, str(expected), *SMALL, "--heldout", "none"]) == 0

@@ -14,12 +14,10 @@ from compressed_tensors.quantization import disable_quantization
 from datasets import Dataset
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.gptq import GPTQModifier
-from llmcompressor.modifiers.quantization import QuantizationModifier
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nbl_modifier import NBLModifier
-from nbl_modifier.llmcompressor_plugin.options import choose_rank
 from nbl_modifier.records.compression import NBLReport
 from tests.followers import TinyModels
 from tests.llmcompressor_plugin.test_modifier import ROUNDED, activations
@@ -251,17 +249,6 @@ def test_error_of_dropping_is_the_energy_of_attention(
     assert report.selected_layers == sorted(np.argsort(energies)[:2].tolist())
 
 
-def test_max_parameters_is_a_budget(folder: Path, rows: Dataset) -> None:
-    model, report = run(folder, rows, num_layers=2, max_parameters=1400)
-    assert report.rank == 10  # 2 (2 * 10 * 32 + 32) = 1344, and 1472 with rank 11
-    new = sum(
-        weight.numel()
-        for name, weight in model.named_parameters()
-        if ".linear." in name
-    )
-    assert new == 1344
-
-
 # --- dropped blocks -------------------------------------------------------------------
 
 
@@ -356,72 +343,7 @@ def test_sleb_is_greedy_by_measured_loss(folder: Path) -> None:
     assert report.heldout.replaced == pytest.approx(perplexity, rel=1e-5)
 
 
-def test_all_blocks_cannot_go(folder: Path, rows: Dataset) -> None:
-    with pytest.raises(ValueError, match="would leave none of the 4 layers"):
-        run(folder, rows, kind="block", method="drop", num_layers=4)
-
-
 # --- what goes together ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"estimator": "wo_wv"}, "needs kind: attention and input: normalized"),
-        (
-            {"estimator": "wo_wv", "kind": "block"},
-            "got kind: block, input: residual",
-        ),
-        ({"rank": 8, "max_parameters": 100}, "rank and max_parameters both"),
-        ({"rank": 0}, "integer >= 1, or a fraction .* got 0.* method: drop"),
-        ({"rank": 1.0}, "got 1.0"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(
-    fields: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        NBLModifier(num_layers=2, **fields)
-
-
-DROP, WEIGHTS = {"method": "drop"}, {"estimator": "wo_wv", "input": "normalized"}
-
-
-@pytest.mark.parametrize(
-    ("others", "name", "value", "remedy"),
-    [
-        (DROP, "rank", 8, "method: linear"),
-        (DROP, "max_parameters", 9999, "method: linear"),
-        (DROP, "refit", True, "method: linear"),
-        (DROP, "distill_epochs", 1, "method: linear"),
-        (DROP, "distill_rate", 0.1, "method: linear"),
-        (DROP, "estimator", "wo_wv", "method: linear"),
-        (DROP, "input", "normalized", "method: linear"),
-        (DROP, "dampening_frac", 0.1, "method: linear"),
-        ({"kind": "block"}, "input", "normalized", "kind: attention"),
-        (WEIGHTS, "refit", True, "estimator: lmmse"),
-        (WEIGHTS, "dampening_frac", 0.1, "estimator: lmmse"),
-        ({"layers": [0]}, "selection", "greedy", "give num_layers"),
-        ({"layers": [0]}, "criterion", "loss", "give num_layers"),
-        ({"layers": [0]}, "criterion", "kl", "give num_layers"),
-        ({"layers": [0]}, "max_nmse", 0.5, "give num_layers"),
-        ({"layers": [0]}, "max_perplexity_increase", 0.1, "give num_layers"),
-        ({}, "distill_rate", 0.1, "give distill_epochs"),
-    ],
-)
-def test_what_has_no_effect_is_refused(
-    others: dict[str, Any], name: str, value: Any, remedy: str
-) -> None:
-    fields = {"num_layers": 2} | others
-    if "layers" in others:
-        del fields["num_layers"]
-    written = str(value).lower() if value is True else value
-    with pytest.raises(ValueError, match="has no effect") as caught:
-        NBLModifier(**fields, **{name: value})
-    message = str(caught.value)
-    assert f"so {name} has no effect, got {name}: {written}. Remove it, or " in message
-    assert remedy in message
-    NBLModifier(**fields)  # the others are fine
 
 
 @pytest.mark.parametrize("name", ["start", "end", "update", "index", "initialized_"])
@@ -472,129 +394,6 @@ def test_layers_with_the_preset_leave_nothing_to_choose(
         "NBLModifier.criterion",
         "NBLModifier.selection",
     ]
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"layers": [0]},
-        DROP,
-        {"kind": "block"},
-        WEIGHTS,
-        {"kind": "block", "method": "drop", "preset": "best"},
-        {"layers": [0], "preset": "best", "distill_epochs": 1},
-    ],
-)
-def test_what_is_saved_holds_nothing_without_effect(fields: dict[str, Any]) -> None:
-    """Saved recipes hold all fields, defaults of the version that saved them too."""
-    fields = fields if "layers" in fields else {"num_layers": 1} | fields
-    modifier = NBLModifier(**fields)
-    saved = {k: v for k, v in modifier.model_dump().items() if v is not None}
-    earlier = {"distill_rate": 0.4} | saved
-    for name in ("initialized_", "finalized_", "started_", "ended_"):
-        earlier.pop(name, None)
-    assert NBLModifier(**earlier).model_dump() == (
-        modifier.model_dump() | {"distill_rate": 0.4}
-    )
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"rank": 33}, "hidden size is 32, got 33"),
-        ({"max_parameters": 191}, "at least 192 weights, got 191"),
-    ],
-)
-def test_rank_that_does_not_fit_the_model_is_refused(
-    folder: Path, rows: Dataset, fields: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(folder, rows, num_layers=2, **fields)
-
-
-def test_groups_that_do_not_fit_the_rank_are_refused_early(
-    folder: Path, rows: Dataset
-) -> None:
-    fitting: dict[str, Any] = {"layers": [1], "rank": 8}
-
-    def quantizer(*ignore: str) -> QuantizationModifier:
-        return QuantizationModifier(
-            config_groups=FOUR_BITS, ignore=["lm_head", *ignore]
-        )
-
-    with pytest.raises(ValueError, match="groups of 32.*linear maps of rank 8"):
-        run(folder, rows, quantizer(), **fitting)
-    model, _ = run(folder, rows, quantizer("re:.*linear[.]expand$"), **fitting)
-    linear = model.model.layers[1].self_attn.linear
-    assert hasattr(linear.reduce, "quantization_scheme")
-    assert not hasattr(linear.expand, "quantization_scheme")
-
-
-def test_weights_map_of_a_family_without_one_is_refused(
-    rows: Dataset, tmp_path: Path
-) -> None:
-    base = save_tiny(tmp_path / "gemma", "gemma3_text")
-    with pytest.raises(NotImplementedError, match="has a norm behind attention"):
-        run(base, rows, num_layers=1, estimator="wo_wv", input="normalized")
-
-
-@pytest.mark.parametrize(
-    ("rank", "max_parameters", "expected"),
-    [
-        (None, None, None),
-        (7, None, 7),
-        (64, None, 64),
-        (0.5, None, 32),
-        (0.001, None, 1),
-        (None, 3 * (2 * 5 * 64 + 64), 5),
-        (None, 3 * (2 * 5 * 64 + 64) - 1, 4),
-        (None, 3 * (64 * 64 + 64), None),  # as many as full rank has
-        (None, 3 * (64 * 64 + 64) - 1, 31),
-    ],
-)
-def test_choose_rank(
-    rank: float | None, max_parameters: int | None, expected: int | None
-) -> None:
-    assert choose_rank(64, 3, rank, max_parameters) == expected
-
-
-def test_linearized_in_two_runs_of_different_kinds(
-    folder: Path, rows: Dataset, tmp_path: Path
-) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    run(folder, rows, out=first, kind="block", layers=[1])
-    dropped, report = run(first, rows, out=second, method="drop", layers=[3])
-    assert report.selected_layers == [1, 3]
-    block = json.loads((second / "config.json").read_text())["nbl_config"]
-    kinds = {i: (e["kind"], e["method"]) for i, e in block["layers"].items()}
-    assert kinds == {"1": ("block", "linear"), "3": ("attention", "drop")}
-    assert torch.equal(logits_of(load(second)), logits_of(dropped))
-    third = tmp_path / "third"
-    shorter, _ = run(second, rows, out=third, kind="block", method="drop", layers=[0])
-    assert shorter.config.num_hidden_layers == 3
-    assert sorted(shorter.config.linearized_layers()) == [0, 2]
-    assert torch.equal(logits_of(load(third)), logits_of(shorter))
-
-
-@pytest.mark.parametrize("kind", ["attention", "block"])
-def test_statistics_serve_every_method_of_their_kind(
-    folder: Path, rows: Dataset, tmp_path: Path, kind: str
-) -> None:
-    kept = str(tmp_path / "statistics")
-    run(folder, rows, kind=kind, layers=[0, 2], save_statistics=kept)
-    variants: list[dict[str, Any]] = [{}, {"rank": 8}, {"method": "drop"}]
-    for fields in variants:
-        fresh, _ = run(folder, rows, kind=kind, layers=[0, 2], **fields)
-        reused, _ = run(
-            folder, rows, kind=kind, layers=[0, 2], statistics=kept, **fields
-        )
-        # what was held out is pooled again: sums in another order
-        torch.testing.assert_close(
-            logits_of(reused), logits_of(fresh), rtol=0, atol=1e-4
-        )
-    other = "block" if kind == "attention" else "attention"
-    with pytest.raises(ValueError, match=f"kind {kind}.*needs? {other}|has {other}"):
-        run(folder, rows, kind=other, layers=[0, 2], statistics=kept)
 
 
 @pytest.mark.parametrize(

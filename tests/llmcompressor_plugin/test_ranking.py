@@ -62,3 +62,24 @@ def test_a_linearized_model_keeps_its_layers(llama: Path, tmp_path: Path) -> Non
 def test_there_is_no_ranking_before_calibration() -> None:
     with pytest.raises(RuntimeError, match="not been measured yet"):
         _ = RankingModifier().ranking
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_layers", 1), ("max_nmse", 0.5), ("preset", "best"), ("refit", True)],
+)
+def test_what_says_how_to_replace_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"replaces no layer, so {name} has no effect"):
+        RankingModifier(**{name: value})
+
+
+def test_nothing_is_replaced_on_the_way(llama: Path) -> None:
+    """Of trials there are those of each layer alone, and no choice is measured."""
+    modifier = RankingModifier(criterion="loss")
+    compress(load(llama), [modifier], token_rows())
+    report = modifier.ranking
+    assert report.heldout is None
+    assert report.binding is None
+    assert {layer.selected for layer in report.layers} == {False}
+    assert all(layer.reason.endswith("ranked only") for layer in report.layers)
+    assert modifier._progress.passes == pytest.approx(modifier._progress.cost.passes)

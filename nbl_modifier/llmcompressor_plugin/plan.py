@@ -1,0 +1,270 @@
+"""
+What a run is going to do, decided and checked before it calibrates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from llmcompressor.core import State
+from llmcompressor.entrypoints.oneshot import Oneshot
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nbl_modifier.architectures import Architecture
+from nbl_modifier.calibration.calibration import Calibration
+from nbl_modifier.calibration.cost import Cost, Progress
+from nbl_modifier.calibration.forward import recomputes
+from nbl_modifier.calibration.layers import MeasuredLayers
+from nbl_modifier.calibration.leaderboard import Leaderboard
+from nbl_modifier.calibration.phases import Settings
+from nbl_modifier.calibration.progress import cost_of, num_windows
+from nbl_modifier.calibration.solver import LayerSolver
+from nbl_modifier.criteria import TRIED
+from nbl_modifier.hf.checkpoint import check_output_directory
+from nbl_modifier.hf.configuration_nbl import LinearizedLayer
+from nbl_modifier.hf.modeling_nbl import decoder_layers
+from nbl_modifier.layer_statistics.sources import Needs, Sources, open_sources
+from nbl_modifier.layer_statistics.store import StatisticsStore
+from nbl_modifier.layer_statistics.windows import CalibrationData
+from nbl_modifier.replacement.candidates import check_model
+from nbl_modifier.search.budget import Budget
+from nbl_modifier.search.distillation import FEW_WINDOWS, RATES
+from nbl_modifier.search.find import SearchOptions
+
+from .choices import Earlier, choose_budget, choose_layers, choose_spec
+from .followers import Followers, check_recipe
+from .options import Options
+
+__all__ = ["Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What a run does, and on what: all that does not change while it runs.
+
+    :param architecture: the model's family
+    :param earlier: what was done to the model before
+    :param candidates: names of the modules to measure, by decoder layer index
+    :param budget: when to stop replacing them
+    :param context: tokens of a sequence that its KV cache is counted for
+    :param spec: what is done to each layer that is chosen
+    :param sources: what is measured on
+    :param cost: of the run
+    :param followers: the recipe's modifiers after this one; None outside of a recipe
+    """
+
+    architecture: Architecture
+    earlier: Earlier
+    candidates: Mapping[int, str]
+    budget: Budget
+    context: int
+    spec: LinearizedLayer
+    sources: Sources
+    cost: Cost
+    followers: Followers | None
+
+    def windows(self, options: Options) -> CalibrationData | None:
+        """
+        Return the windows that the model runs over after the calibration pass.
+
+        :param options: the recipe's
+        :return: None if it does not
+        """
+        if options.holds_out:
+            return self.sources.data
+        if options.runs_again:
+            return replace(self.sources.data, held_out=frozenset())
+        return None
+
+    def num_replacements(self, options: Options) -> int:
+        """
+        Return how many replacements to keep of those of the calibration pass.
+
+        :param options: the recipe's
+        """
+        # Any layer may turn out to be chosen, unless these scores alone decide.
+        greedy = options.selection == "greedy"
+        all_of_them = options.holds_out or greedy or bool(self.budget.quota)
+        return len(self.candidates) if all_of_them else self.budget.num_layers
+
+    def calibration(
+        self,
+        options: Options,
+        model: PreTrainedModel,
+        progress: Progress,
+        *,
+        keep: int,
+        streams: Mapping[int, Tensor] | None = None,
+        store: StatisticsStore | None = None,
+        log_level: str = "INFO",
+    ) -> Calibration:
+        """
+        Return what measures the candidates in one pass over the windows.
+
+        :param options: the recipe's
+        :param model: the causal language model
+        :param progress: of the run
+        :param keep: how many replacements to keep
+        :param streams: as in :class:`Calibration`
+        :param store: likewise
+        :param log_level: of its lines
+        """
+        layers = decoder_layers(model, self.architecture)
+        solver = LayerSolver(
+            layers=MeasuredLayers(
+                {index: layers[index] for index in self.candidates},
+                self.candidates,
+                self.architecture,
+                self.spec,
+            ),
+            estimator=options.estimator,
+            dampening_frac=options.dampening_frac,
+            correlations=options.canonical_correlations,
+            measure_held_out=options.holds_out,
+        )
+        return Calibration(
+            solver,
+            Leaderboard(options.criterion, keep),
+            held_out=self.sources.data.held_out,
+            streams=streams,
+            store=store,
+            log_level=log_level,
+            progress=progress,
+        )
+
+    def search_options(self, options: Options) -> SearchOptions:
+        """
+        Return how layers are chosen, and what is done to them afterwards.
+
+        :param options: the recipe's
+        """
+        return SearchOptions(
+            criterion=options.criterion,
+            budget=self.budget,
+            greedy=options.selection == "greedy",
+            refit=options.refit,
+            distill_epochs=options.distill_epochs,
+            distill_rate=options.distill_rate,
+        )
+
+
+def make_plan(
+    options: Options, state: State, oneshot: Oneshot | None, kwargs: dict[str, Any]
+) -> Plan:
+    """
+    Decide and check all that can be before calibration, the recipe's own words first.
+
+    :param options: a modifier of ours
+    :param state: the session's, with the model and the calibration data
+    :param oneshot: the call that runs it, if there is one
+    :param kwargs: what ``on_initialize`` was called with
+    :raises ValueError: for a field or calibration set that does not fit the model
+    :raises NotImplementedError: for an unsupported architecture, recipe or run
+    :raises OSError: if a folder cannot be used, or the output directory cannot take the
+        checkpoint
+    """
+    model: PreTrainedModel = state.model
+    followers = check_recipe(options, model, oneshot, kwargs)
+    architecture = check_model(model)
+    options.fit_to(architecture)
+    earlier = Earlier.of(model)
+    text_config = model.config.get_text_config()
+    context = options.kv_cache_context or text_config.max_position_embeddings
+    candidates = choose_layers(options, model, architecture)
+    caches = partial(earlier.kv_caches, model, architecture)
+    budget = choose_budget(options, candidates, caches, context)
+    names = list(candidates.values())
+    spec = choose_spec(options, model, architecture, names, budget.num_layers)
+    if spec.rank is not None and followers is not None:
+        followers.refuse_groups(spec.rank, f"{names[0]}.linear")
+    sources = _open_sources(options, state, candidates, spec)
+    if oneshot is not None and oneshot.output_dir is not None:
+        check_output_directory(oneshot.output_dir, architecture)
+    cost = _cost(options, model, architecture, candidates, budget, spec, sources)
+    return Plan(
+        architecture=architecture,
+        earlier=earlier,
+        candidates=candidates,
+        budget=budget,
+        context=context,
+        spec=spec,
+        sources=sources,
+        cost=cost,
+        followers=followers,
+    )
+
+
+def _open_sources(
+    options: Options,
+    state: State,
+    candidates: Mapping[int, str],
+    spec: LinearizedLayer,
+) -> Sources:
+    """Return what is measured on."""
+    needs = Needs(
+        kind=options.kind,
+        input=spec.input,
+        heldout_nmse=options.max_nmse is not None,
+        losses=options.measures_losses,
+        windows=options.runs_again,
+    )
+    try:
+        return open_sources(
+            state.model,
+            state.data.calib,
+            candidates,
+            needs,
+            statistics=options.statistics,
+            save_statistics=options.save_statistics,
+        )
+    except OSError as err:
+        name = "save_statistics" if options.statistics is None else "statistics"
+        raise OSError(
+            f"NBLModifier.{name}: {getattr(options, name)!r} cannot be used as a "
+            f"folder ({err.strerror or err}). Choose another one."
+        ) from err
+
+
+def _cost(
+    options: Options,
+    model: PreTrainedModel,
+    architecture: Architecture,
+    candidates: Mapping[int, str],
+    budget: Budget,
+    spec: LinearizedLayer,
+    sources: Sources,
+) -> Cost:
+    """Return what the run is going to cost."""
+    layers, data = decoder_layers(model, architecture), sources.data
+    longest = max((b["input_ids"].shape[-1] for b in data.batches), default=0)
+    settings = Settings(
+        num_layers=len(layers),
+        windows=num_windows(data),
+        held_out=num_windows(data, held_out=True) if options.holds_out else 0,
+        candidates=sorted(candidates),
+        count=budget.num_layers,
+        tried=options.criterion in TRIED,
+        limited=options.max_perplexity_increase is not None,
+        greedy=options.selection == "greedy",
+        refit=options.refit,
+        epochs=options.distill_epochs,
+        rates=0 if options.distill_rate is not None else len(RATES),
+        few=FEW_WINDOWS,
+        recomputes=recomputes(model, longest),
+        measures=not sources.complete,
+    )
+    stored = sources.store is not None
+    return cost_of(
+        model,
+        layers,
+        data,
+        settings,
+        normalized=spec.input == "normalized",
+        kept_apart=options.holds_out or stored,
+        stored=stored,
+    )
