@@ -90,9 +90,10 @@ def _environments(ran: dict[str, Any]) -> str:
 def _later(run: dict[str, Any]) -> list[str]:
     """Return what a run after the full one was of, and what on."""
     of_features: dict[str, list[str]] = {}
-    for family, cells in run["cells"].items():
-        for feature in cells:
-            titles = families() | more_families()
+    titles = families() | more_families()
+    # without those that have been taken out since
+    for family in filter(titles.__contains__, run["cells"]):
+        for feature in run["cells"][family]:
             of_features.setdefault(features()[feature], []).append(titles[family])
     together: dict[str, list[str]] = {}
     for heading, names in of_features.items():
