@@ -45,6 +45,7 @@ def recorded(model: Any, row: Architecture, index: int) -> Iterator[list[Tensor]
     else:
         reader = {
             "gemma2": "pre_feedforward_layernorm",
+            "gemma3": "pre_feedforward_layernorm",
             "gemma3_text": "pre_feedforward_layernorm",
             "gemma4_text": "pre_feedforward_layernorm",
             "olmo2": "mlp",

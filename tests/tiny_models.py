@@ -101,6 +101,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mistral3": {"spatial_merge_size": 1},
     "qwen2_5_vl": {"video_token_id": 0},
+    "gemma3": {"mm_tokens_per_image": 4, "boi_token_index": 0, "eoi_token_index": 0},
 }
 #: Families that every test takes; the others go through ``test_more_families.py``.
 THOROUGH = tuple(FAMILIES)[:13]
@@ -109,15 +110,18 @@ _TEXT_MODELS = {
     "llava": "llama",
     "mistral3": "mistral",
     "qwen2_5_vl": "qwen2",
+    "gemma3": "gemma3_text",
 }
 _VISION: dict[str, dict[str, Any]] = {
     "llava": {"model_type": "clip_vision_model", "projection_dim": 32},
     "mistral3": {"model_type": "pixtral"},
     "qwen2_5_vl": {"depth": 2, "num_heads": 2, "fullatt_block_indexes": [1]},
+    "gemma3": {"model_type": "siglip_vision_model"},
 }
 _KINDS = {
     "gemma2": _SLIDING_KINDS,
     "gemma3_text": _SLIDING_KINDS,
+    "gemma3": _SLIDING_KINDS,
     "gemma4_text": _SLIDING_KINDS,
     "olmo3": _SLIDING_KINDS,
     "cohere2": _SLIDING_KINDS,
