@@ -66,8 +66,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
+        # vLLM's kernel for CPUs takes multiples of it
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
     },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **_SLIDING},
     "granitemoehybrid": {
