@@ -159,7 +159,7 @@ class Distillation:
             logger.warning(
                 "NBL: distillation brought the model no nearer to the original on "
                 "held-out windows, so the maps stay as they were fitted. Use a lower "
-                "distill_rate than {:g}, or more calibration samples.",
+                "distill: {{rate}} than {:g}, or more calibration samples.",
                 rate / _LOWERED,
             )
         return best
@@ -187,7 +187,7 @@ class Distillation:
         best *= math.sqrt(len(numbers) / len(self._windows.batches))
         best = float(f"{best:.2g}")  # what is logged is what it takes to do it again
         logger.info(
-            "NBL: distill_rate {:g} for {} windows, by the divergences after {} "
+            "NBL: distill: {{rate: {:g}}} for {} windows, by the divergences after {} "
             "({}; {:.5f} before)",
             best,
             len(self._windows.batches),

@@ -27,16 +27,16 @@ class SearchOptions:
     :param budget: when to stop
     :param greedy: whether to rank again after each replacement
     :param refit: whether to fit the chosen ones again
-    :param distill_epochs: how often to go over the windows to train them in the end
-    :param distill_rate: learning rate of that; None: found on held-out windows
+    :param epochs: how often to go over the windows to train them in the end
+    :param rate: learning rate of that; None: found on held-out windows
     """
 
     criterion: str
     budget: Budget
     greedy: bool = False
     refit: bool = False
-    distill_epochs: int = 0
-    distill_rate: float | None = None
+    epochs: int = 0
+    rate: float | None = None
 
 
 def find_replacements(
@@ -71,11 +71,11 @@ def find_replacements(
     if options.refit:
         forward.start("refit")
         outcome = refit(outcome, passes, trials)
-    if options.distill_epochs:
+    if options.epochs:
         assert trials is not None
         forward.start("distillation")
         fitted_on = windows.select(set(range(len(windows.batches))) - set(held_out))
         distillation = Distillation(forward, architecture, fitted_on, trials)
-        epochs, rate = options.distill_epochs, options.distill_rate
+        epochs, rate = options.epochs, options.rate
         outcome = distill(outcome, distillation, epochs, rate)
     return outcome
