@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from nbl_modifier.llmcompressor_plugin.ranking import RankingModifier
     from nbl_modifier.records.compression import NBLReport
 
-RANKING_FILE_NAME = "nbl_ranking.json"
-
 _DESCRIPTION = """\
 Measure how linear each layer is and rank them. The model is left as it is. Prints the
 ranking, writes it as JSON and as a plot. With --statistics, nbl compress --statistics
@@ -81,7 +79,7 @@ def add_parser(commands: Any) -> None:
         "--canonical-correlations",
         action="store_true",
         help="write quantiles of those of each layer, too, which takes an SVD per "
-        "layer, and a plot of them",
+        "layer; nbl report draws them",
     )
     group = parser.add_argument_group("calibration")
     add_data_arguments(group)
@@ -167,6 +165,7 @@ def _measure(
 
 
 def _write(ranking: NBLReport, folder: Path) -> None:
+    from nbl_modifier.records.compression import RANKING_FILE_NAME
     from nbl_modifier.report.tables import ranking_table
 
     print()

@@ -232,10 +232,8 @@ class Options(BaseModel):
         for name, value in _PRESETS.get(self.preset, {}).items():
             given = name in self.model_fields_set
             if name == "distill" and "epochs" not in self.distill.model_fields_set:
-                given, value = (
-                    False,
-                    Distill(epochs=value.epochs, rate=self.distill.rate),
-                )
+                value = Distill(epochs=value.epochs, rate=self.distill.rate)
+                given = False
             if why_idle(name, value, self._values) is not None:
                 if given and self.layers is not None:
                     self._restore_default(name)

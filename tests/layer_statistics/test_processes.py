@@ -118,7 +118,7 @@ def test_statistics_are_saved_by_their_owners(
 ) -> None:
     """One process can then try what it likes."""
     folder = tmp_path / "statistics"
-    result = start(num_layers=2, save_statistics=str(folder))
+    result = start(num_layers=2, statistics=str(folder))
     assert result.returncode == 0, result.stderr
     store = StatisticsStore.open(folder)
     assert all(index in store for index in range(4))
@@ -163,7 +163,7 @@ def test_a_failed_process_ends_the_run(
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("windows", "greedy, refit and distill_epochs run the model"),
+        ("windows", "greedy, refit and distill run the model"),
         ("losses", "losses run the model"),
     ],
 )
@@ -181,4 +181,4 @@ def test_what_one_process_cannot_tell_is_refused(
         windows=asked == "windows",
     )
     with pytest.raises(NotImplementedError, match=message):
-        open_sources(load(llama), [], {}, needs, statistics=None, save_statistics=None)
+        open_sources(load(llama), [], {}, needs, folder=None)
