@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nbl_modifier import NBLModifier
-from nbl_modifier.llmcompressor_plugin.options import Distill
+from nbl_modifier.llmcompressor_plugin.distill import Distill
 from nbl_modifier.records.compression import NBLReport
 from tests.followers import TinyModels
 from tests.llmcompressor_plugin.test_modifier import ROUNDED, activations
@@ -369,41 +369,6 @@ def test_booleans_are_not_numbers(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="true and false are no value") as caught:
         NBLModifier(**fields)
     assert list(fields)[-1] in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("distill", "message"),
-    [
-        ({"epoch": 1}, "distill has no field epoch.*Its fields: epochs, rate"),
-        (4, "must hold fields, epochs, rate, got 4"),
-        (None, "must hold fields, epochs, rate, got None"),
-        ({"epochs": True}, "true and false are no value"),
-        ({"epochs": 1, "rate": False}, "true and false are no value"),
-    ],
-    ids=str,
-)
-def test_distill_is_named_fields(distill: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        NBLModifier(num_layers=1, distill=distill)
-
-
-def test_preset_fills_in_what_distill_leaves_open(logged: list[str]) -> None:
-    fields: dict[str, Any] = {"num_layers": 1, "preset": "best"}
-    epochs = NBLModifier(**fields).distill.epochs
-    rated = NBLModifier(**fields, distill=Distill(rate=0.1))
-    assert rated.distill == Distill(epochs=epochs, rate=0.1)
-    assert not [text for text in logged if "as given" in text]
-    assert NBLModifier(**fields, distill=Distill(epochs=0)).distill == Distill()
-    (said,) = [text for text in logged if "as given" in text]
-    assert f"distill: {{epochs: 0}} as given, not {{epochs: {epochs}}}" in said
-
-
-def test_saved_distill_leaves_out_what_is_not_given() -> None:
-    """llm-compressor leaves None out of a recipe, but not of what is in a field."""
-    saved = NBLModifier(num_layers=1, distill=Distill(epochs=2)).model_dump()
-    assert saved["distill"] == {"epochs": 2}
-    rated = NBLModifier(num_layers=1, distill=Distill(epochs=2, rate=0.1))
-    assert rated.model_dump()["distill"] == {"epochs": 2, "rate": 0.1}
 
 
 def test_layers_with_the_preset_leave_nothing_to_choose(
