@@ -36,7 +36,6 @@ from typing import Literal
 import torch
 from datasets import Dataset
 from loguru import logger
-from paper_texts import load_windows, named_source  # type: ignore[import-not-found]
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -64,6 +63,9 @@ from nbl_modifier.search.budget import Budget
 from nbl_modifier.search.choose import choose
 from nbl_modifier.search.distillation import Distillation
 from nbl_modifier.search.trials import Trials
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks.paper_texts import load_windows, named_source
 
 
 @dataclass(frozen=True)
