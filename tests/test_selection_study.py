@@ -114,6 +114,6 @@ def test_criteria_on_other_texts(
     printed = capsys.readouterr().out
     assert printed.count("| kl_angle | linear |") == 2
     assert printed.count("| cosine | drop |") == 2
-    rows = study.Store(output).rows
-    assert len(rows) == len(study.criteria_settings()) * 2 * 2 * 2
-    assert len({(row.text, row.base) for row in rows}) == 2
+    found = study.Store(output).rows
+    assert len(found) == len(study.criteria_settings()) * 2 * 2 * 2
+    assert len({(row.text, row.base) for row in found}) == 2
