@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from loguru import logger
@@ -81,17 +82,14 @@ def open_sources(
         model, or do not hold what is needed
     """
     ranks = Ranks()
-    _check_ranks(needs, ranks)
     # Recipes are read by no shell that would know what ~ is.
     statistics, save_statistics = map(_expanded, (statistics, save_statistics))
     if statistics is not None:
         return _reused(model, batches, candidates, needs, statistics)
-    hold_out = needs.heldout_nmse or needs.losses
-    # Saved statistics are to serve whatever is asked for later, here also losses.
-    hold_out_to_save = save_statistics is not None and ranks.alone
-    data = check_calibration_data(
-        batches, _hidden_size(model), hold_out or hold_out_to_save, ranks
-    )
+    # Saved statistics are to serve whatever is asked for later.
+    to_save = save_statistics is not None
+    hold_out = needs.heldout_nmse or needs.losses or to_save
+    data = check_calibration_data(batches, _hidden_size(model), hold_out, ranks)
     with ranks.failing_together():
         check_variety(model, data.batches)
     if needs.losses:
@@ -130,19 +128,19 @@ def _prepared(
 
     :param digest: of the data of all processes
     """
-    windows = [data.batches[number] for number in sorted(data.held_out)]
-    held_out = sum(ranks.gather(sum(len(each["input_ids"]) for each in windows)))
+    mine = [data.batches[number] for number in sorted(data.held_out)]
+    windows = list(chain.from_iterable(ranks.gather(mine)))
     version = StatisticsStore.version_in(folder)
     origin = _origin(model, data.num_samples, digest, needs, version)
-    known = ranks.alone and version == FORMAT_VERSION
     origin = replace(
         origin,
-        held_out=held_out,
-        windows_digest=windows_digest(windows) if known else None,
+        held_out=sum(len(each["input_ids"]) for each in windows),
+        windows_digest=windows_digest(windows) if version == FORMAT_VERSION else None,
     )
     store = _created(folder, origin, ranks)
-    if ranks.alone:
-        store.save_windows(windows)
+    with ranks.failing_together():
+        if ranks.rank == 0:
+            store.save_windows(windows)
     return store
 
 
@@ -153,12 +151,12 @@ def _reused(
     needs: Needs,
     folder: str,
 ) -> Sources:
-    store = StatisticsStore.open(folder)
+    store, ranks = StatisticsStore.open(folder), Ranks()
     _warn_of_old(store)
     data, digest = None, ""
     if batches is not None:
-        data = check_calibration_data(batches, _hidden_size(model), hold_out=True)
-        digest = _pooled_digest(data, Ranks())
+        data = check_calibration_data(batches, _hidden_size(model), True, ranks)
+        digest = _pooled_digest(data, ranks)
     elif needs.windows:
         raise ValueError(
             f"statistics {folder}: selection: greedy, refit and distill_epochs run the "
@@ -167,10 +165,11 @@ def _reused(
         )
     num_samples = store.origin.num_samples
     store.check(_origin(model, num_samples, digest, needs, store.version))
-    if needs.heldout_nmse and not store.origin.held_out:
+    if (needs.heldout_nmse or needs.losses) and not store.origin.held_out:
         raise ValueError(
-            f"statistics {folder}: taken in several processes, without held-out tokens "
-            "to measure max_nmse on. Calibrate with max_nmse, or leave it out."
+            f"statistics {folder}: taken in several processes by an earlier version, "
+            "without held-out tokens to measure errors and losses on. Calibrate again "
+            "into another folder."
         )
     missing = [name for index, name in candidates.items() if index not in store]
     if missing:
@@ -180,7 +179,7 @@ def _reused(
             "where it was interrupted."
         )
     if data is None:
-        windows = store.windows() if needs.losses else []
+        windows = store.windows()[ranks.rank :: ranks.size] if needs.losses else []
         held_out = frozenset(range(len(windows)))
         data = CalibrationData(list(windows), num_samples, held_out)
     if needs.losses:
@@ -196,18 +195,6 @@ def _held_out(data: CalibrationData) -> Windows:
 def _hidden_size(model: PreTrainedModel) -> int:
     size: int = model.config.get_text_config().hidden_size
     return size
-
-
-def _check_ranks(needs: Needs, ranks: Ranks) -> None:
-    """Refuse what each process would answer for its own windows only."""
-    if ranks.alone or not (needs.losses or needs.windows):
-        return
-    asked = "selection: greedy, refit and distill_epochs" if needs.windows else "losses"
-    raise NotImplementedError(
-        f"NBLModifier: {asked} run the model over windows of one process, got "
-        f"{ranks.size} processes. Use a criterion and a budget that statistics answer, "
-        "or calibrate with save_statistics and search in one process."
-    )
 
 
 def _pooled_digest(data: CalibrationData, ranks: Ranks) -> str:

@@ -27,13 +27,15 @@ from nbl_modifier.criteria import TRIED
 from nbl_modifier.hf.checkpoint import check_output_directory
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.hf.modeling_nbl import decoder_layers
+from nbl_modifier.layer_statistics.processes import Ranks
 from nbl_modifier.layer_statistics.sources import Needs, Sources, open_sources
 from nbl_modifier.layer_statistics.store import StatisticsStore
 from nbl_modifier.layer_statistics.windows import CalibrationData
 from nbl_modifier.replacement.candidates import check_model
 from nbl_modifier.search.budget import Budget
-from nbl_modifier.search.distillation import FEW_WINDOWS, RATES
+from nbl_modifier.search.distillation import RATES
 from nbl_modifier.search.find import SearchOptions
+from nbl_modifier.search.schedule import few_steps
 
 from .choices import Earlier, choose_budget, choose_layers, choose_spec
 from .followers import Followers, check_recipe
@@ -254,7 +256,7 @@ def _cost(
         refit=options.refit,
         epochs=options.distill_epochs,
         rates=0 if options.distill_rate is not None else len(RATES),
-        few=FEW_WINDOWS,
+        few=few_steps(Ranks().size),
         recomputes=recomputes(model, longest),
         measures=not sources.complete,
     )
