@@ -32,7 +32,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import architecture_of
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.forward import PartialForward
@@ -65,7 +64,7 @@ class Setting:
     :param method: ``linear`` or ``drop``
     :param rank: of the maps; None: full
     :param dampening_frac: of C_xx
-    :param distill_epochs: how often the maps are trained over the windows
+    :param epochs: how often the maps are trained over the windows
     """
 
     criterion: str = "cca_bound"
@@ -76,7 +75,7 @@ class Setting:
     method: Literal["linear", "drop"] = "linear"
     rank: int | None = None
     dampening_frac: float = 0.0
-    distill_epochs: int = 0
+    epochs: int = 0
 
     @property
     def spec(self) -> LinearizedLayer:
@@ -86,7 +85,7 @@ class Setting:
     @property
     def ranking(self) -> Setting:
         """What decides about the layers: maps of full rank, whatever they end up as."""
-        return replace(self, refit=False, rank=None, distill_epochs=0)
+        return replace(self, refit=False, rank=None, epochs=0)
 
     @property
     def fit(self) -> Setting:
@@ -98,8 +97,8 @@ class Setting:
 
 PAPER = Setting()
 CLOSED_FORM = Setting("loss", "greedy", True, "normalized")
-BEST = replace(CLOSED_FORM, distill_epochs=4)
-DISTILLED_PAPER = replace(PAPER, distill_epochs=4)
+BEST = replace(CLOSED_FORM, epochs=4)
+DISTILLED_PAPER = replace(PAPER, epochs=4)
 DAMPENING = (0.01, 0.05, 0.2)
 VARIANTS = {"paper": PAPER, "closed form": CLOSED_FORM, "best": BEST}
 NAMED = {
@@ -219,8 +218,8 @@ class Case:
     def _replacements(
         self, setting: Setting, layers: frozenset[int]
     ) -> Mapping[int, Replacement]:
-        if setting.distill_epochs:
-            start = self._replacements(replace(setting, distill_epochs=0), layers)
+        if setting.epochs:
+            start = self._replacements(replace(setting, epochs=0), layers)
             fitted_on = set(range(len(self._windows.batches))) - self._held_out
             distillation = Distillation(
                 self._forward,
@@ -228,11 +227,7 @@ class Case:
                 self._windows.select(fitted_on),
                 self._trials,
             )
-            epochs, rate = (
-                setting.distill_epochs,
-                NBLModifier(num_layers=1).distill_rate,
-            )
-            return distillation.run(start, epochs, rate)[0]
+            return distillation.run(start, setting.epochs, None)[0]
         if setting.refit:
             key = (setting.spec, setting.dampening_frac, layers)
             if key not in self._refits:
@@ -368,7 +363,7 @@ class Tables:
 
     def main(self, settings: Sequence[Setting], layers: Sequence[int]) -> str:
         """Return perplexity over the base model's by setting and number of layers."""
-        fields = ("criterion", "selection", "refit", "distill_epochs", "input")
+        fields = ("criterion", "selection", "refit", "epochs", "input")
         rows = []
         for setting in settings:
             cells = [self._ratios(setting, m) for m in layers]

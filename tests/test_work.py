@@ -232,8 +232,8 @@ KNOWN: list[dict[str, Any]] = [
         "criterion": "kl",
         "input": "normalized",
     },
-    {"layers": [1, 2], "distill_epochs": 1},
-    {"layers": [1, 2], "distill_epochs": 1, "distill_rate": 0.01},
+    {"layers": [1, 2], "distill": {"epochs": 1}},
+    {"layers": [1, 2], "distill": {"epochs": 1, "rate": 0.01}},
 ]
 
 
@@ -273,7 +273,7 @@ def test_passes_that_statistics_spare_are_not_counted(
 ) -> None:
     rows = token_rows(16, 64)
     fields: dict[str, Any] = {"num_layers": 2, "criterion": "kl"}
-    kept = NBLModifier(save_statistics=str(tmp_path), **fields)
+    kept = NBLModifier(statistics=str(tmp_path), **fields)
     compress(load(llama), [kept], rows)
     model = load(llama)
     counter = WindowCounter(model)
@@ -322,7 +322,7 @@ def test_a_choice_from_statistics_takes_what_solving_takes(
     factorizations: int,
 ) -> None:
     """Each file is read once, each layer is solved once, and the model never runs."""
-    kept = NBLModifier(num_layers=1, save_statistics=str(tmp_path), **fields)
+    kept = NBLModifier(num_layers=1, statistics=str(tmp_path), **fields)
     compress(load(llama), [kept], token_rows(16, 64))
     read = Counter[str]()
     original = store.load_file

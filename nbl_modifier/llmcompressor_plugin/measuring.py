@@ -29,6 +29,7 @@ from nbl_modifier.search.find import find_replacements
 from nbl_modifier.search.outcome import Outcome
 
 from .followers import refuse_shared_pass
+from .old_names import translate
 from .options import Options
 from .plan import Plan, make_plan
 from .reporting import log_passes, make_report
@@ -73,6 +74,7 @@ class MeasuringModifier(Options, Modifier):
     @classmethod
     def _check_names(cls, fields: Any) -> Any:
         own = [name for name in cls.model_fields if name not in Modifier.model_fields]
+        fields = translate(cls.__name__, fields, own)
         # start, end, update and index are of training schedules, the rest is of the
         # lifecycle; llm-compressor gives the group.
         unknown = sorted(map(str, set(fields) - {*own, "group"}))

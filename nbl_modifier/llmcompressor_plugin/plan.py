@@ -4,17 +4,19 @@ What a run is going to do, decided and checked before it calibrates.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from llmcompressor.core import State
 from llmcompressor.entrypoints.oneshot import Oneshot
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from nbl_modifier.architectures import Architecture
+from nbl_modifier.architectures import Architecture, architecture_of
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.cost import Cost, Progress
 from nbl_modifier.calibration.forward import recomputes
@@ -35,13 +37,13 @@ from nbl_modifier.replacement.candidates import check_model
 from nbl_modifier.search.budget import Budget
 from nbl_modifier.search.distillation import RATES
 from nbl_modifier.search.find import SearchOptions
-from nbl_modifier.search.schedule import few_steps
+from nbl_modifier.search.schedule import few_windows
 
 from .choices import Earlier, choose_budget, choose_layers, choose_spec
 from .followers import Followers, check_recipe
 from .options import Options
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "needs_data"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Plan:
             ),
             estimator=options.estimator,
             dampening_frac=options.dampening_frac,
-            correlations=options.canonical_correlations,
+            correlations=options.reports_correlations,
             measure_held_out=options.holds_out,
         )
         return Calibration(
@@ -150,8 +152,9 @@ class Plan:
             budget=self.budget,
             greedy=options.selection == "greedy",
             refit=options.refit,
-            distill_epochs=options.distill_epochs,
-            distill_rate=options.distill_rate,
+            epochs=options.distill.epochs,
+            rate=options.distill.rate,
+            per_step=options.distill.windows_per_step,
         )
 
 
@@ -201,6 +204,30 @@ def make_plan(
     )
 
 
+def needs_data(options: Options, config: PretrainedConfig) -> bool:
+    """
+    Return whether a run needs calibration data, before its model is loaded.
+
+    :param options: the recipe's
+    :param config: the model's, of a family that is supported
+    :return: False if statistics of all layers that may be replaced are there, and the
+        model is not to run over the data again
+    :raises ValueError: if the statistics are damaged, or the model has not the layers
+        that the recipe names
+    """
+    folder = options.statistics
+    if folder is None or options.runs_again:
+        return True
+    folder = os.path.expanduser(folder)  # noqa: PTH111  as open_sources
+    if not StatisticsStore.is_in(folder):
+        return True
+    store = StatisticsStore.open(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = choose_layers(options, model, architecture_of(config.model_type))
+    return not all(index in store for index in layers)
+
+
 def _open_sources(
     options: Options,
     state: State,
@@ -221,13 +248,11 @@ def _open_sources(
             state.data.calib,
             candidates,
             needs,
-            statistics=options.statistics,
-            save_statistics=options.save_statistics,
+            folder=options.statistics,
         )
     except OSError as err:
-        name = "save_statistics" if options.statistics is None else "statistics"
         raise OSError(
-            f"NBLModifier.{name}: {getattr(options, name)!r} cannot be used as a "
+            f"NBLModifier.statistics: {options.statistics!r} cannot be used as a "
             f"folder ({err.strerror or err}). Choose another one."
         ) from err
 
@@ -244,6 +269,7 @@ def _cost(
     """Return what the run is going to cost."""
     layers, data = decoder_layers(model, architecture), sources.data
     longest = max((b["input_ids"].shape[-1] for b in data.batches), default=0)
+    per_step, ranks = options.distill.windows_per_step, Ranks()
     settings = Settings(
         num_layers=len(layers),
         windows=num_windows(data),
@@ -254,9 +280,9 @@ def _cost(
         limited=options.max_perplexity_increase is not None,
         greedy=options.selection == "greedy",
         refit=options.refit,
-        epochs=options.distill_epochs,
-        rates=0 if options.distill_rate is not None else len(RATES),
-        few=few_steps(Ranks().size),
+        epochs=options.distill.epochs,
+        rates=0 if options.distill.rate is not None else len(RATES),
+        few=few_windows(per_step, ranks),
         recomputes=recomputes(model, longest),
         measures=not sources.complete,
     )

@@ -172,7 +172,7 @@ class Distillation:
             logger.warning(
                 "NBL: distillation brought the model no nearer to the original on "
                 "held-out windows, so the maps stay as they were fitted. Use a lower "
-                "distill_rate than {:g}, or more calibration samples.",
+                "distill: {{rate}} than {:g}, or more calibration samples.",
                 rate / _LOWERED,
             )
         return best
@@ -200,8 +200,8 @@ class Distillation:
         best *= math.sqrt(len(steps) / self._schedule.num_steps)
         best = float(f"{best:.2g}")  # what is logged is what it takes to do it again
         logger.info(
-            "NBL: distill_rate {:g} for {} steps on {} windows, by the divergences "
-            "after {} steps ({}; {:.5f} before)",
+            "NBL: distill: {{rate: {:g}}} for {} steps on {} windows, by the "
+            "divergences after {} steps ({}; {:.5f} before)",
             best,
             self._schedule.num_steps,
             self._schedule.num_windows,

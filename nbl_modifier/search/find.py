@@ -28,19 +28,19 @@ class SearchOptions:
     :param budget: when to stop
     :param greedy: whether to rank again after each replacement
     :param refit: whether to fit the chosen ones again
-    :param distill_epochs: how often to go over the windows to train them in the end
-    :param distill_rate: learning rate of that; None: found on held-out windows
-    :param windows_per_step: of that, in all processes together, a multiple of their
-        number; None: one of each process
+    :param epochs: how often to go over the windows to train them in the end
+    :param rate: learning rate of that; None: found on held-out windows
+    :param per_step: windows of a step of that, in all processes together, a multiple of
+        their number; None: one of each process
     """
 
     criterion: str
     budget: Budget
     greedy: bool = False
     refit: bool = False
-    distill_epochs: int = 0
-    distill_rate: float | None = None
-    windows_per_step: int | None = None
+    epochs: int = 0
+    rate: float | None = None
+    per_step: int | None = None
 
 
 def find_replacements(
@@ -75,13 +75,13 @@ def find_replacements(
     if options.refit:
         forward.start("refit")
         outcome = refit(outcome, passes, trials)
-    if options.distill_epochs:
+    if options.epochs:
         assert trials is not None
         forward.start("distillation")
         fitted_on = windows.select(set(range(len(windows.batches))) - set(held_out))
         distillation = Distillation(
-            forward, architecture, fitted_on, trials, options.windows_per_step
+            forward, architecture, fitted_on, trials, options.per_step
         )
-        epochs, rate = options.distill_epochs, options.distill_rate
+        epochs, rate = options.epochs, options.rate
         outcome = distill(outcome, distillation, epochs, rate)
     return outcome

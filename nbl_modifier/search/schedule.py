@@ -9,19 +9,38 @@ import torch
 
 from nbl_modifier.layer_statistics.processes import Ranks
 
-__all__ = ["Schedule", "few_steps"]
+__all__ = ["Schedule", "few_windows"]
 
 # A trial of a learning rate takes so many windows, and so many steps at least.
 _FEW_WINDOWS, _FEWEST_STEPS = 12, 6
 
 
-def few_steps(per_step: int) -> int:
+def few_windows(per_step: int | None, ranks: Ranks) -> int:
     """
-    Return in how many steps a learning rate is tried.
+    Return on how many windows of each process a learning rate is tried, if it has them.
 
-    :param per_step: windows that a step is taken on, in all processes together
+    :param per_step: as of :class:`Schedule`
+    :param ranks: the processes
+    :raises ValueError: as :class:`Schedule`
     """
+    parts = _parts(per_step, ranks)
+    return _few_steps(parts * ranks.size) * parts
+
+
+def _few_steps(per_step: int) -> int:
     return max(math.ceil(_FEW_WINDOWS / per_step), _FEWEST_STEPS)
+
+
+def _parts(per_step: int | None, ranks: Ranks) -> int:
+    """Return how many windows of each process a step takes."""
+    if per_step is None:
+        return 1
+    if per_step < 1 or per_step % ranks.size:
+        raise ValueError(
+            "distill, windows_per_step: must be a multiple of the number of processes, "
+            f"{ranks.size}, got {per_step}. Use {ranks.size}, or leave it out."
+        )
+    return per_step // ranks.size
 
 
 class Schedule:
@@ -41,20 +60,14 @@ class Schedule:
 
     def __init__(self, num_windows: int, per_step: int | None = None) -> None:
         ranks = Ranks()
-        per_step = ranks.size if per_step is None else per_step
-        if per_step < 1 or per_step % ranks.size:
-            raise ValueError(
-                "distillation, windows of a step: must be a multiple of the number of "
-                f"processes, {ranks.size}, got {per_step}. Use {ranks.size}."
-            )
-        parts = per_step // ranks.size
+        parts = _parts(per_step, ranks)
         self._parts = torch.arange(num_windows).tensor_split(parts)
         counts = ranks.gather(num_windows)
         #: Windows of all processes.
         self.num_windows = sum(counts)
         #: Steps of an epoch.
         self.num_steps = math.ceil(max(counts) / parts)
-        self._few = few_steps(per_step)
+        self._few = _few_steps(parts * ranks.size)
         self._generator = torch.Generator()
 
     def steps(self, epoch: int) -> list[list[int]]:

@@ -17,7 +17,7 @@ from tests.tiny_llama import compress, load, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ALL: dict[str, Any] = {"preset": "best", "distill_epochs": 1}
+ALL: dict[str, Any] = {"preset": "best", "distill": {"epochs": 1}}
 
 
 class Terminal(io.StringIO):

@@ -117,7 +117,7 @@ def test_statistics_are_saved_by_their_owners(
 ) -> None:
     """One process can then try what it likes, on what it would have held out."""
     folder = tmp_path / "statistics"
-    result = start(num_layers=2, save_statistics=str(folder))
+    result = start(num_layers=2, statistics=str(folder))
     assert result.returncode == 0, result.stderr
     store = StatisticsStore.open(folder)
     assert all(index in store for index in range(4))
@@ -156,8 +156,7 @@ def test_two_processes_search_as_one_does(
         "criterion": "nmse",
         "selection": "greedy",
         "refit": True,
-        "distill_epochs": 1,
-        "distill_rate": 0.01,
+        "distill": {"epochs": 1, "rate": 0.01},
     }
     result = start(dtype="float32", **fields)
     assert result.returncode == 0, result.stderr

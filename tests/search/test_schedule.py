@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbl_modifier.search.schedule import Schedule, few_steps
+from nbl_modifier.layer_statistics.processes import Ranks
+from nbl_modifier.search.schedule import Schedule, few_windows
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(0, 3))
@@ -24,7 +25,9 @@ def test_an_epoch_takes_every_window_once(
     assert max(map(len, steps)) <= per_step
     assert schedule.num_windows == count
     assert steps == Schedule(count, per_step).steps(epoch)
-    assert schedule.few() == schedule.steps(0)[: few_steps(per_step)]
+    few = few_windows(per_step, Ranks())
+    assert len(list(chain.from_iterable(schedule.few()))) == min(few, count)
+    assert schedule.few() == schedule.steps(0)[: len(schedule.few())]
 
 
 def test_one_window_a_step_is_the_default() -> None:
@@ -42,9 +45,12 @@ def test_a_step_of_two_takes_one_of_each_half() -> None:
     assert [step[1] - 10 for step in steps[:-1]] == second
 
 
-@pytest.mark.parametrize(("per_step", "steps"), [(1, 12), (2, 6), (5, 6), (64, 6)])
-def test_a_rate_is_tried_on_a_dozen_windows(per_step: int, steps: int) -> None:
-    assert few_steps(per_step) == steps
+@pytest.mark.parametrize(
+    ("per_step", "windows"), [(None, 12), (1, 12), (2, 12), (5, 30), (64, 6 * 64)]
+)
+def test_a_rate_is_tried_on_a_dozen_windows(per_step: int, windows: int) -> None:
+    """More where these would be fewer than six steps."""
+    assert few_windows(per_step, Ranks()) == windows
 
 
 def test_a_step_on_no_window_is_refused() -> None:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 HELD_OUT = (2, 6, 10, 14)
 # Of one process only.
 _UNEVEN = (1, 2, 3)
-_DISTILLED = {"distill_epochs": 2, "windows_per_step": 2}
+_DISTILLED = {"epochs": 2, "per_step": 2}
 # name: criterion, dtype, what else is asked for, relative difference of the maps
 SEARCHES: dict[str, tuple[str, torch.dtype, dict[str, Any], float]] = {
     "statistics": ("nmse", torch.float64, {"greedy": True, "refit": True}, 1e-9),
@@ -36,7 +36,7 @@ SEARCHES: dict[str, tuple[str, torch.dtype, dict[str, Any], float]] = {
     "distilled": (
         "kl_angle",
         torch.float32,
-        {"greedy": True, "distill_rate": 0.02, **_DISTILLED},
+        {"greedy": True, "rate": 0.02, **_DISTILLED},
         1e-5,
     ),
     "rate found": ("kl", torch.float32, _DISTILLED, 1e-5),
@@ -44,7 +44,7 @@ SEARCHES: dict[str, tuple[str, torch.dtype, dict[str, Any], float]] = {
 FAILURES = {
     "in a trial": ("forward", {"greedy": True}),
     "in a pass": ("forward", {"greedy": True}),
-    "in training": ("backward", {"distill_epochs": 1}),
+    "in training": ("backward", {"epochs": 1}),
 }
 
 
