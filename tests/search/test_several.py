@@ -48,6 +48,9 @@ FAILURES = {
 }
 
 
+REFUSED = {"an odd number a step": {"epochs": 1, "per_step": 3}}
+
+
 def job(
     folder: Path, rows: Dataset, criterion: str, dtype: torch.dtype, **more: Any
 ) -> Job:
@@ -66,6 +69,8 @@ def jobs(llama: Path, rows: Dataset) -> dict[str, Job]:
     for name, (fails, more) in FAILURES.items():
         criterion = "nmse" if name == "in a pass" else "kl"
         found[name] = job(llama, rows, criterion, torch.float32, fails=fails, **more)
+    for name, more in REFUSED.items():
+        found[name] = job(llama, rows, "kl", torch.float32, **more)
     return found
 
 
@@ -154,3 +159,8 @@ def test_what_fails_in_one_process_ends_all(
         "RuntimeError: calibration failed in process 1 of 2: "
         "ArithmeticError: on purpose"
     )
+
+
+def test_a_step_takes_as_many_windows_of_each(both: dict[str, list[Found]]) -> None:
+    for found in both["an odd number a step"]:
+        assert "a multiple of the number of processes, 2, got 3" in found.error
