@@ -41,14 +41,14 @@ SEARCHES: dict[str, tuple[str, torch.dtype, dict[str, Any], float]] = {
     ),
     "rate found": ("kl", torch.float32, _DISTILLED, 1e-5),
 }
-FAILURES = {
+FAILURES: dict[str, tuple[str, dict[str, Any]]] = {
     "in a trial": ("forward", {"greedy": True}),
     "in a pass": ("forward", {"greedy": True}),
     "in training": ("backward", {"epochs": 1}),
 }
-
-
-REFUSED = {"an odd number a step": {"epochs": 1, "per_step": 3}}
+REFUSED: dict[str, dict[str, Any]] = {
+    "an odd number a step": {"epochs": 1, "per_step": 3}
+}
 
 
 def job(
@@ -84,7 +84,7 @@ def both(
 
 def maps(outcome: Outcome) -> dict[str, Tensor]:
     """Return weights and biases by layer and name."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for index, each in outcome.replacements.items():
         assert each.weight is not None
         assert each.bias is not None
