@@ -37,8 +37,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     # As many weights as full rank, in two layers.
     "NBL (best, half rank)": {"preset": "best", "rank": 0.5},
 }
-# What NBL (best) does with layers that it has chosen before.
-CHOSEN: dict[str, Any] = {"input": "normalized", "distill": {"epochs": 4}}
+# What the greedy methods do with layers that they have chosen before.
+CHOSEN: dict[str, dict[str, Any]] = {
+    BEST: {"input": "normalized", "distill": {"epochs": 4}},
+    SLEB: {"kind": "block", "method": "drop"},
+}
 
 
 def load(model: str | Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel:

@@ -25,7 +25,7 @@ from nbl_modifier.records.files import write_atomically
 
 from .fingerprint import tensors_digest
 from .moments import LayerMoments
-from .packing import pack_moments, unpack_moments
+from .packing import pack_moments, pack_windows, unpack_moments, unpack_windows
 
 __all__ = ["FORMAT_VERSION", "Origin", "StatisticsStore", "windows_digest"]
 
@@ -259,7 +259,7 @@ class StatisticsStore:
 
         :param batches: what the model is called with
         """
-        path, tensors = self.folder / _WINDOWS, _window_tensors(batches)
+        path, tensors = self.folder / _WINDOWS, pack_windows(batches)
         if path.exists():
             with contextlib.suppress(ValueError):  # damaged
                 if tensors_digest(_read(path)[0]) == tensors_digest(tensors):
@@ -281,14 +281,10 @@ class StatisticsStore:
         tensors, _ = _read(path)
         if self.origin.windows_digest is not None or self.version > 2:
             _check_digest(path, tensors_digest(tensors), self.origin.windows_digest)
-        batches: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            number, _, name = key.partition(".")
-            batches.setdefault(number, {})[name] = tensor
-        numbers = [str(number) for number in range(len(batches))]
-        if batches.keys() != set(numbers) or not all(map(_is_batch, batches.values())):
-            _refuse(path, f"is damaged (it holds {sorted(tensors)})", _REMEDY_OF_ONE)
-        return [batches[number] for number in numbers]
+        try:
+            return unpack_windows(tensors)
+        except ValueError as err:
+            _refuse(path, f"is damaged ({err})", _REMEDY_OF_ONE, err)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.safetensors"
@@ -300,20 +296,7 @@ def windows_digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
 
     :param batches: what the model is called with
     """
-    return tensors_digest(_window_tensors(batches))
-
-
-def _window_tensors(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {
-        f"{number}.{name}": value.cpu().contiguous()
-        for number, batch in enumerate(batches)
-        for name, value in batch.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _is_batch(batch: Mapping[str, Tensor]) -> bool:
-    return "input_ids" in batch and batch["input_ids"].dim() == 2
+    return tensors_digest(pack_windows(batches))
 
 
 def _refuse(

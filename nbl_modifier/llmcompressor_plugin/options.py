@@ -4,88 +4,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
-    SerializerFunctionWrapHandler,
     StrictFloat,
     StrictInt,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.criteria import CRITERIA, TRIED
 
+from .distill import Distill
+from .old_names import translate
 from .rules import check_options, check_pattern, refuse_boolean, why_idle
 
-__all__ = ["Distill", "Options"]
+__all__ = ["Options"]
 
 # Read from the rows, so that a new criterion is known here by itself.
 if TYPE_CHECKING:
     CriterionName = str
 else:
     CriterionName = Literal[tuple(CRITERIA)]
-
-
-class Distill(BaseModel):
-    """
-    How the maps are trained after all fits; equal ones are interchangeable.
-
-    :param epochs: how often at most over the calibration windows; 0 leaves the maps as
-        they are fitted
-    :param rate: learning rate: by how much one step may change an output of a map at
-        most, over its standard deviation; dimensionless. None: found on held-out
-        windows
-    :param windows_per_step: windows that a step is taken on, in all processes together,
-        a multiple of their number. None: one of each process
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    epochs: int = Field(default=0, ge=0)
-    rate: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    windows_per_step: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_names(cls, given: Any) -> Any:
-        if isinstance(given, cls):
-            return given
-        names = ", ".join(cls.model_fields)
-        if not isinstance(given, dict):
-            raise ValueError(f"must hold fields, {names}, got {given!r}.")
-        unknown = sorted(map(str, set(given) - set(cls.model_fields)))
-        if unknown:
-            raise ValueError(
-                f"distill has no field {', '.join(unknown)}, got {given}. Its fields: "
-                f"{names}."
-            )
-        return given
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _refuse_booleans(cls, value: Any) -> Any:
-        refuse_boolean(value)
-        return value
-
-    @model_serializer(mode="wrap")
-    def _without_none(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As llm-compressor saves recipes, though not what is nested in a field."""
-        return {name: v for name, v in serialize(self).items() if v is not None}
-
-    def __repr__(self) -> str:
-        """Return what to write in a recipe."""
-        fields = (f"{name}: {value}" for name, value in self.model_dump().items())
-        return f"{{{', '.join(fields)}}}"
-
-    __str__ = __repr__
-
 
 # Fields that a preset sets; how they were found is in docs/selection.md.
 _PRESETS: dict[str | None, dict[str, Any]] = {
@@ -187,6 +132,21 @@ class Options(BaseModel):
     statistics: str | None = None
 
     _filled_in: set[str] = PrivateAttr(default_factory=set)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, fields: Any) -> Any:
+        own = [name for name in cls.model_fields if name not in Modifier.model_fields]
+        fields = translate(cls.__name__, fields, own)
+        # start, end, update and index are of training schedules, the rest is of the
+        # lifecycle; llm-compressor gives the group.
+        unknown = sorted(map(str, set(fields) - {*own, "group"}))
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no field {', '.join(unknown)}. Its fields: "
+                f"{', '.join(own)}."
+            )
+        return fields
 
     @field_validator("*", mode="before")
     @classmethod

@@ -13,15 +13,17 @@ from typing import Any
 import torch
 from llmcompressor.core import State
 from llmcompressor.entrypoints.oneshot import Oneshot
+from llmcompressor.utils.helpers import calibration_forward_context
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nbl_modifier.architectures import Architecture, architecture_of
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.cost import Cost, Progress
-from nbl_modifier.calibration.forward import recomputes
+from nbl_modifier.calibration.forward import PartialForward, recomputes
 from nbl_modifier.calibration.layers import MeasuredLayers
 from nbl_modifier.calibration.leaderboard import Leaderboard
+from nbl_modifier.calibration.passes import Passes
 from nbl_modifier.calibration.phases import Settings
 from nbl_modifier.calibration.progress import cost_of, num_windows
 from nbl_modifier.calibration.solver import LayerSolver
@@ -36,12 +38,14 @@ from nbl_modifier.layer_statistics.windows import CalibrationData
 from nbl_modifier.replacement.candidates import check_model
 from nbl_modifier.search.budget import Budget
 from nbl_modifier.search.distillation import RATES
-from nbl_modifier.search.find import SearchOptions
+from nbl_modifier.search.find import SearchOptions, find_replacements
+from nbl_modifier.search.outcome import Outcome
 from nbl_modifier.search.schedule import few_windows
 
 from .choices import Earlier, choose_budget, choose_layers, choose_spec
 from .followers import Followers, check_recipe
 from .options import Options
+from .upstream import windows_of
 
 __all__ = ["Plan", "make_plan", "needs_data"]
 
@@ -141,12 +145,54 @@ class Plan:
             progress=progress,
         )
 
-    def search_options(self, options: Options) -> SearchOptions:
+    def search(
+        self,
+        options: Options,
+        state: State,
+        calibration: Calibration,
+        progress: Progress,
+    ) -> Outcome:
         """
-        Return how layers are chosen, and what is done to them afterwards.
+        Return which layers to replace, and by what.
 
         :param options: the recipe's
+        :param state: the session's, with the model
+        :param calibration: of all candidates
+        :param progress: of the run
+        :raises RuntimeError: if a layer was never reached by calibration data
+        :raises ValueError: if no layer fits the budget, or a loss is not finite
         """
+        self._check_seen(calibration)
+        model: PreTrainedModel = state.model
+        data, passes, held_out = self.windows(options), None, frozenset[int]()
+        if data is not None:
+            again = partial(self.calibration, options, model, progress)
+            keep, held_out = len(self.candidates), data.held_out
+            passes = Passes(
+                PartialForward(model, self.architecture, progress),
+                self.architecture,
+                windows_of(state, data),
+                lambda streams: again(keep=keep, streams=streams, log_level="DEBUG"),
+            )
+        # The basic pipeline has left this context by now.
+        with calibration_forward_context(model):
+            return find_replacements(
+                calibration, self._search_options(options), passes, held_out
+            )
+
+    def _check_seen(self, calibration: Calibration) -> None:
+        """Refuse to go on without a measurement of each layer."""
+        measured = calibration.measured
+        unseen = [name for i, name in self.candidates.items() if i not in measured]
+        if unseen:
+            raise RuntimeError(
+                f"{unseen[0]}: no activations were seen ({len(unseen)} such layers). "
+                "Attention must run as a module: set sequential_targets to the decoder "
+                "layer class, or leave it unset."
+            )
+
+    def _search_options(self, options: Options) -> SearchOptions:
+        """Return how layers are chosen, and what is done to them afterwards."""
         return SearchOptions(
             criterion=options.criterion,
             budget=self.budget,

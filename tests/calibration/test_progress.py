@@ -55,6 +55,15 @@ def test_each_phase_is_logged_once_with_the_time_that_is_left(
     assert any("forward passes in" in line for line in logged)
 
 
+def test_long_phases_are_logged_again(
+    llama: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbl_modifier.calibration.progress.LOG_SECONDS", 0.0)
+    compress(load(llama), [NBLModifier(num_layers=2)], token_rows())
+    lines = [line for line in logged if line.startswith("NBL: measuring, ")]
+    assert len(lines) > 3
+
+
 def test_bars_are_back_after_a_run_that_failed(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

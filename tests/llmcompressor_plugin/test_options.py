@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nbl_modifier import NBLModifier
+from nbl_modifier.llmcompressor_plugin.distill import Distill
 from nbl_modifier.records.compression import NBLReport
 from tests.followers import TinyModels
 from tests.llmcompressor_plugin.test_modifier import ROUNDED, activations
@@ -373,7 +374,7 @@ def test_booleans_are_not_numbers(fields: dict[str, Any]) -> None:
 def test_layers_with_the_preset_leave_nothing_to_choose(
     folder: Path, rows: Dataset, tmp_path: Path, logged: list[str]
 ) -> None:
-    modifier = NBLModifier(layers=[0, 2], preset="best", distill={"epochs": 0})
+    modifier = NBLModifier(layers=[0, 2], preset="best", distill=Distill(epochs=0))
     paper = NBLModifier(layers=[0, 2])
     assert (modifier.selection, modifier.criterion) == (
         paper.selection,
@@ -386,7 +387,7 @@ def test_layers_with_the_preset_leave_nothing_to_choose(
         preset="best",
         criterion="loss",
         selection="greedy",
-        distill={"epochs": 0},
+        distill=Distill(epochs=0),
     )
     assert saved.model_dump() == modifier.model_dump()
     said = [text for text in logged if "is left out" in text]

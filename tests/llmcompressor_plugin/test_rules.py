@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nbl_modifier import NBLModifier
-from nbl_modifier.llmcompressor_plugin.options import Distill
+from nbl_modifier.llmcompressor_plugin.distill import Distill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

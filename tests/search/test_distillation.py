@@ -397,5 +397,6 @@ def test_failure_leaves_the_model_as_it_was(
 
 @pytest.mark.parametrize("distill", [{"epochs": -1}, {"epochs": 1, "rate": 0.0}])
 def test_senseless_numbers_are_refused(distill: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"num_layers": 2, "distill": distill}
     with pytest.raises(ValueError, match=list(distill)[-1]):
-        NBLModifier(num_layers=2, distill=distill)
+        NBLModifier(**fields)
