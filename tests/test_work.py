@@ -28,14 +28,13 @@ from nbl_modifier.layer_statistics.moments import (
 )
 from tests.tiny_llama import (
     DEMO_MODEL,
-    Model,
     compress,
     demo_tokenizer,
     load,
     save_llama,
     token_rows,
 )
-from tests.work import CountCalls, PeakMemory, count_flops
+from tests.work import CountCalls, PeakMemory, WindowCounter, count_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -217,19 +216,6 @@ def test_only_one_layer_is_in_flight(tmp_path: Path) -> None:
             compress(load(folder), [NBLModifier(num_layers=1)], token_rows())
         peaks.add(memory.peak)
     assert len(peaks) == 1
-
-
-class WindowCounter:
-    """Counts how often the MLPs of a model run over a window, all runs included."""
-
-    def __init__(self, model: Model) -> None:
-        self.windows = 0
-        for name, module in model.named_modules():
-            if name.endswith("mlp"):
-                module.register_forward_pre_hook(self._count)
-
-    def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.windows += len(args[0])
 
 
 # Where the chosen layers are known before they are chosen, so is the cost.

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from loguru import logger
@@ -82,18 +83,14 @@ def open_sources(
         model, or do not hold what is needed
     """
     ranks = Ranks()
-    _check_ranks(needs, ranks)
     if folder is not None:
         # Recipes are read by no shell that would know what ~ is.
         folder = os.path.expanduser(folder)  # noqa: PTH111  keeps ~nobody as it is
         if batches is None:
             return _reused(model, candidates, needs, folder)
-    hold_out = needs.heldout_nmse or needs.losses
     # Saved statistics are to serve whatever is asked for later, here also losses.
-    hold_out_to_save = folder is not None and ranks.alone
-    data = check_calibration_data(
-        batches, _hidden_size(model), hold_out or hold_out_to_save, ranks
-    )
+    hold_out = needs.heldout_nmse or needs.losses or folder is not None
+    data = check_calibration_data(batches, _hidden_size(model), hold_out, ranks)
     with ranks.failing_together():
         check_variety(model, data.batches)
     if needs.losses:
@@ -130,19 +127,19 @@ def _prepared(
 
     :param digest: of the data of all processes
     """
-    windows = [data.batches[number] for number in sorted(data.held_out)]
-    held_out = sum(ranks.gather(sum(len(each["input_ids"]) for each in windows)))
+    mine = [data.batches[number] for number in sorted(data.held_out)]
+    windows = list(chain.from_iterable(ranks.gather(mine)))
     version = StatisticsStore.version_in(folder)
     origin = _origin(model, data.num_samples, digest, needs, version)
-    known = ranks.alone and version == FORMAT_VERSION
     origin = replace(
         origin,
-        held_out=held_out,
-        windows_digest=windows_digest(windows) if known else None,
+        held_out=sum(len(each["input_ids"]) for each in windows),
+        windows_digest=windows_digest(windows) if version == FORMAT_VERSION else None,
     )
     store = _created(folder, origin, ranks)
-    if ranks.alone:
-        store.save_windows(windows)
+    with ranks.failing_together():
+        if ranks.rank == 0:
+            store.save_windows(windows)
     return store
 
 
@@ -166,10 +163,11 @@ def _reused(
         )
     num_samples = store.origin.num_samples
     store.check(_origin(model, num_samples, "", needs, store.version))
-    if needs.heldout_nmse and not store.origin.held_out:
+    if (needs.heldout_nmse or needs.losses) and not store.origin.held_out:
         raise ValueError(
-            f"statistics {folder}: taken in several processes, without held-out tokens "
-            "to measure max_nmse on. Calibrate with max_nmse, or leave it out."
+            f"statistics {folder}: taken in several processes by an earlier version, "
+            "without held-out tokens to measure errors and losses on. Calibrate again "
+            "into another folder."
         )
     missing = [name for index, name in candidates.items() if index not in store]
     if missing:
@@ -178,7 +176,8 @@ def _reused(
             "layers). Pass the dataset, too: what is missing is then measured and "
             "added."
         )
-    windows = store.windows() if needs.losses else []
+    ranks = Ranks()
+    windows = store.windows()[ranks.rank :: ranks.size] if needs.losses else []
     held_out = frozenset(range(len(windows)))
     data = CalibrationData(list(windows), num_samples, held_out)
     if needs.losses:
@@ -194,18 +193,6 @@ def _held_out(data: CalibrationData) -> Windows:
 def _hidden_size(model: PreTrainedModel) -> int:
     size: int = model.config.get_text_config().hidden_size
     return size
-
-
-def _check_ranks(needs: Needs, ranks: Ranks) -> None:
-    """Refuse what each process would answer for its own windows only."""
-    if ranks.alone or not (needs.losses or needs.windows):
-        return
-    asked = "selection: greedy, refit and distill" if needs.windows else "losses"
-    raise NotImplementedError(
-        f"NBLModifier: {asked} run the model over windows of one process, got "
-        f"{ranks.size} processes. Use a criterion and a budget that statistics answer, "
-        "or keep the statistics in a folder and search in one process."
-    )
 
 
 def _pooled_digest(data: CalibrationData, ranks: Ranks) -> str:

@@ -28,12 +28,15 @@ class Distill(BaseModel):
     :param rate: learning rate: by how much one step may change an output of a map at
         most, over its standard deviation; dimensionless. None: found on held-out
         windows
+    :param windows_per_step: windows that a step is taken on, in all processes together,
+        a multiple of their number. None: one of each process
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: int = Field(default=0, ge=0)
     rate: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    windows_per_step: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod

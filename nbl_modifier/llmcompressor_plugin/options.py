@@ -82,7 +82,8 @@ class Options(BaseModel):
         ``epochs`` times over the calibration windows (0 leaves both as they are), with
         the learning ``rate``, by how much one step may change an output of a map at
         most, over its standard deviation; dimensionless, found on held-out windows if
-        not given
+        not given. A step is taken on ``windows_per_step`` windows, a multiple of the
+        number of processes, one of each if not given
     :param kind: what is replaced: ``attention``, or the whole transformer ``block``,
         its MLP and norms included
     :param method: by what: a ``linear`` map, fitted to the calibration data; the linear
@@ -195,7 +196,7 @@ class Options(BaseModel):
         for name, value in _PRESETS.get(self.preset, {}).items():
             given = name in self.model_fields_set
             if name == "distill" and "epochs" not in self.distill.model_fields_set:
-                value = Distill(epochs=value.epochs, rate=self.distill.rate)
+                value = self.distill.model_copy(update={"epochs": value.epochs})
                 given = False
             if why_idle(name, value, self._values) is not None:
                 if given and self.layers is not None:

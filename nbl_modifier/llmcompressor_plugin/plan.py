@@ -31,14 +31,16 @@ from nbl_modifier.criteria import TRIED
 from nbl_modifier.hf.checkpoint import check_output_directory
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.hf.modeling_nbl import decoder_layers
+from nbl_modifier.layer_statistics.processes import Ranks
 from nbl_modifier.layer_statistics.sources import Needs, Sources, open_sources
 from nbl_modifier.layer_statistics.store import StatisticsStore
 from nbl_modifier.layer_statistics.windows import CalibrationData
 from nbl_modifier.replacement.candidates import check_model
 from nbl_modifier.search.budget import Budget
-from nbl_modifier.search.distillation import FEW_WINDOWS, RATES
+from nbl_modifier.search.distillation import RATES
 from nbl_modifier.search.find import SearchOptions, find_replacements
 from nbl_modifier.search.outcome import Outcome
+from nbl_modifier.search.schedule import few_windows
 
 from .choices import Earlier, choose_budget, choose_layers, choose_spec
 from .followers import Followers, check_recipe
@@ -198,6 +200,7 @@ class Plan:
             refit=options.refit,
             epochs=options.distill.epochs,
             rate=options.distill.rate,
+            per_step=options.distill.windows_per_step,
         )
 
 
@@ -312,6 +315,7 @@ def _cost(
     """Return what the run is going to cost."""
     layers, data = decoder_layers(model, architecture), sources.data
     longest = max((b["input_ids"].shape[-1] for b in data.batches), default=0)
+    per_step, ranks = options.distill.windows_per_step, Ranks()
     settings = Settings(
         num_layers=len(layers),
         windows=num_windows(data),
@@ -324,7 +328,7 @@ def _cost(
         refit=options.refit,
         epochs=options.distill.epochs,
         rates=0 if options.distill.rate is not None else len(RATES),
-        few=FEW_WINDOWS,
+        few=few_windows(per_step, ranks),
         recomputes=recomputes(model, longest),
         measures=not sources.complete,
     )

@@ -123,10 +123,12 @@ def check_options(values: Values, defaults: Values) -> None:
         if idle is not None:
             raise ValueError(idle)
     distill = values["distill"]
-    if not distill.epochs and distill.rate is not None:
+    others = {k: v for k, v in distill.model_dump().items() if k != "epochs"}
+    if not distill.epochs and others:
+        (name, value), *_ = others.items()
         raise ValueError(
-            "NBLModifier.distill: without epochs nothing is trained, so rate has no "
-            f"effect, got rate: {distill.rate}. Remove it, or give epochs."
+            f"NBLModifier.distill: without epochs nothing is trained, so {name} has no "
+            f"effect, got {name}: {value}. Remove it, or give epochs."
         )
     kind, reads = values["kind"], values["input"]
     if values["method"] == "wo_wv" and (kind == "block" or reads != "normalized"):

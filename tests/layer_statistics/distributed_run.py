@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One process of a distributed calibration, started by ``test_distributed.py``:
+One process of a distributed calibration, started by ``test_processes.py``:
 
     torchrun --nproc-per-node 2 distributed_run.py JOB.json
 
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from nbl_modifier import NBLModifier
 from nbl_modifier.layer_statistics.moments import LayerStatistics
 from tests.tiny_llama import FOUR_BITS, compress, token_rows
+from tests.work import WindowCounter
 
 
 def sabotage(kind: str | None) -> None:
@@ -69,6 +70,7 @@ def main() -> None:
     recipe: list[Any] = [NBLModifier(**job["recipe"])]
     if job["quantize"]:
         recipe.append(GPTQModifier(config_groups=FOUR_BITS, ignore=["lm_head"]))
+    counter = WindowCounter(model)
     compress(model, recipe, rows, output_dir=job["output"])
     report = recipe[0].report
     assert report is not None
@@ -77,7 +79,14 @@ def main() -> None:
         for name, tensor in model.state_dict().items()
         if "self_attn.linear" in name
     }
-    answer = {"report": json.loads(report.to_json()), "maps": maps}
+    progress = recipe[0]._progress
+    answer = {
+        "report": json.loads(report.to_json()),
+        "maps": maps,
+        "windows": counter.windows,
+        "passes": progress.passes,
+        "stated": progress.cost.passes,
+    }
     torch.save(answer, f"{job['output']}.rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -332,6 +332,20 @@ def test_other_held_out_windows_are_refused(
         run(None, num_layers=1, criterion="loss", statistics=str(folder))
 
 
+def test_losses_on_windows_that_were_fitted_on_are_refused(
+    run: Run, saved: Path, tmp_path: Path
+) -> None:
+    """Several processes of an earlier version held nothing out."""
+    folder = tmp_path / "statistics"
+    shutil.copytree(saved, folder)
+    manifest = folder / "statistics.json"
+    fields = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(fields | {"held_out": 0}))
+    for asked in ({"criterion": "loss"}, {"max_nmse": 1.0}):
+        with pytest.raises(ValueError, match="without held-out tokens"):
+            run(None, num_layers=1, statistics=str(folder), **asked)
+
+
 def test_home_is_expanded(
     run: Run, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,8 +15,8 @@ from nbl_modifier.llmcompressor_plugin.distill import Distill
     ("distill", "message"),
     [
         ({"epoch": 1}, "distill has no field epoch.*Its fields: epochs, rate"),
-        (4, "must hold fields, epochs, rate, got 4"),
-        (None, "must hold fields, epochs, rate, got None"),
+        (4, "must hold fields, epochs, rate, windows_per_step, got 4"),
+        (None, "fields, epochs, rate, windows_per_step, got None"),
         ({"epochs": True}, "true and false are no value"),
         ({"epochs": 1, "rate": False}, "true and false are no value"),
     ],
@@ -32,6 +32,8 @@ def test_preset_fills_in_what_distill_leaves_open(logged: list[str]) -> None:
     epochs = NBLModifier(**fields).distill.epochs
     rated = NBLModifier(**fields, distill=Distill(rate=0.1))
     assert rated.distill == Distill(epochs=epochs, rate=0.1)
+    two = NBLModifier(**fields, distill=Distill(windows_per_step=2)).distill
+    assert two == Distill(epochs=epochs, windows_per_step=2)
     assert not [text for text in logged if "as given" in text]
     assert NBLModifier(**fields, distill=Distill(epochs=0)).distill == Distill()
     (said,) = [text for text in logged if "as given" in text]

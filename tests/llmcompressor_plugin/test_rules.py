@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"rank": 0}, "integer >= 1, or a fraction .* got 0.* method: drop"),
         ({"rank": 1.0}, "got 1.0"),
         ({"distill": {"rate": 0.1}}, "rate has no effect, got rate: 0.1.*give epochs"),
+        ({"distill": {"windows_per_step": 2}}, "windows_per_step has no effect, got"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
