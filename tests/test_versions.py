@@ -13,6 +13,8 @@ from integration_tests.versions import (
     END,
     PAGE,
     REQUIREMENTS,
+    TRANSFORMERS_TESTS,
+    VLLM_TESTS,
     read_junit,
     read_results,
     render,
@@ -36,6 +38,11 @@ def test_numbers_of_a_pytest_run_are_read(tmp_path: Path) -> None:
         "failed": ["test_broken[row]", "test_error"],
         "measured": {"test_greedy_tokens": {"compared": "640 of 640"}},
     }
+
+
+def test_what_is_run_is_there() -> None:
+    for name in (VLLM_TESTS[0], *TRANSFORMERS_TESTS):
+        assert (PAGE.parents[1] / name).is_file(), name
 
 
 def test_every_environment_was_run_as_it_is_pinned() -> None:
