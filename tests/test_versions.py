@@ -13,6 +13,8 @@ from integration_tests.versions import (
     END,
     PAGE,
     REQUIREMENTS,
+    TRANSFORMERS_TESTS,
+    VLLM_TESTS,
     read_junit,
     read_results,
     render,
@@ -46,6 +48,12 @@ def test_every_environment_was_run_as_it_is_pinned() -> None:
         for package, version in re.findall(r"^([\w-]+)==(\S+)$", pins, re.MULTILINE):
             found = result["packages"].get(package, version).removesuffix("+cpu")
             assert found == version
+
+
+def test_files_that_it_runs_exist() -> None:
+    files = [name for name in (*VLLM_TESTS, *TRANSFORMERS_TESTS) if ".py" in name]
+    assert len(files) > len(TRANSFORMERS_TESTS)
+    assert all((PAGE.parents[1] / name).is_file() for name in files)
 
 
 def test_page_has_the_stored_results() -> None:
