@@ -8,7 +8,13 @@ from one process's. On a CPU every process gets the same number of threads, so t
 machine with enough cores, or several, shows what each added process is worth; with
 fewer cores than processes times threads they only compete.
 
+With `--search`, the whole of it: greedy selection by divergence, refit and
+distillation, in every run with as many windows a step as there are processes at most.
+`--model` takes a saved model, and Python source as text.
+
     python benchmarks/distributed.py --processes 1,2 --threads 1
+    python benchmarks/distributed.py --processes 1,2 --threads 1 --search --replace 4 \\
+        --model MODEL --samples 32 --length 128 --repeats 1
     python benchmarks/distributed.py --processes 1,2,4,8 --hidden-size 4096 \\
         --intermediate-size 14336 --layers 32 --heads 32 --kv-heads 8 \\
         --samples 256 --length 2048 --dtype bfloat16          (on a node with 8 GPUs)
@@ -33,12 +39,18 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from llmcompressor import oneshot
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from benchmarks.random_llama import adding, llama_config
 from nbl_modifier import NBLModifier
 from nbl_modifier.benchmark.machine import current_device
 from nbl_modifier.cli.processes import part_of, process_group
+from nbl_modifier.evaluation.texts import pack, stdlib_texts
 from nbl_modifier.report.table import Table
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "models" / "pycode-4m"
@@ -49,14 +61,10 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     with process_group(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        config = llama_config(args)
-        config.save_pretrained(folder)
-        model = LlamaForCausalLM(config).to(getattr(torch, args.dtype)).eval()
-        model.config._name_or_path = folder
-        tokens = torch.randint(0, args.vocab_size, (args.samples, args.length))
-        rows = part_of(Dataset.from_dict({"input_ids": tokens.tolist()}))
-        modifier = NBLModifier(num_layers=args.layers // 2)
-        tokenizer: Any = AutoTokenizer.from_pretrained(TOKENIZER)
+        tokenizer: Any = AutoTokenizer.from_pretrained(args.model or TOKENIZER)
+        model, rows = subject(args, tokenizer, folder)
+        rows = part_of(rows)
+        modifier = NBLModifier(**recipe(args, model.config.num_hidden_layers))
         oneshot(
             model=model,
             processor=tokenizer,
@@ -71,11 +79,55 @@ def work(args: argparse.Namespace) -> None:
         maps = {n: t for n, t in model.state_dict().items() if "attn.linear" in n}
         answer = {
             "seconds": report.calibration_seconds,
-            "bounds": {layer.index: layer.cca_bound for layer in report.layers},
+            "layers": report.selected_layers,
             "maps": maps,
         }
         if not dist.is_initialized() or dist.get_rank() == 0:
             torch.save(answer, args.worker)
+
+
+def subject(
+    args: argparse.Namespace, tokenizer: Any, folder: str
+) -> tuple[PreTrainedModel, Dataset]:
+    """
+    Return the model, and the samples of all processes.
+
+    :param tokenizer: of ``args.model``, if there is one
+    :param folder: for the configuration of a random model
+    """
+    dtype = getattr(torch, args.dtype)
+    if args.model:
+        saved = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        texts = stdlib_texts("calibration")
+        return saved.eval(), pack(texts, tokenizer, args.length, args.samples)
+    config = llama_config(args)
+    config.save_pretrained(folder)
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    model.config._name_or_path = folder
+    tokens = torch.randint(0, args.vocab_size, (args.samples, args.length))
+    return model, Dataset.from_dict({"input_ids": tokens.tolist()})
+
+
+def recipe(args: argparse.Namespace, num_layers: int) -> dict[str, Any]:
+    """Return the modifier's fields."""
+    fields: dict[str, Any] = {"num_layers": args.replace or num_layers // 2}
+    if args.search:
+        fields |= {
+            "criterion": "kl_angle",
+            "selection": "greedy",
+            "refit": True,
+            "distill": {
+                "epochs": args.epochs,
+                "rate": args.rate,
+                "windows_per_step": max(counts_of(args)),
+            },
+        }
+    return fields
+
+
+def counts_of(args: argparse.Namespace) -> list[int]:
+    """Return how many processes there are to be, run by run."""
+    return [int(part) for part in args.processes.split(",")]
 
 
 def start(count: int, args: argparse.Namespace, options: list[str]) -> dict[str, Any]:
@@ -130,6 +182,13 @@ def parse_args() -> argparse.Namespace:
     add("--samples", 64, "calibration sequences of all processes together")
     add("--length", 512, "tokens per sequence")
     add("--dtype", "float32", "of the model")
+    add("--model", "", "a saved model instead of a random one")
+    add("--replace", 0, "layers to replace; 0: half of them")
+    parser.add_argument(
+        "--search", action="store_true", help="greedily, with refit and distillation"
+    )
+    add("--epochs", 1, "of distillation")
+    add("--rate", 0.03, "of distillation")
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -141,18 +200,20 @@ def main() -> None:
         work(args)
         return
     options = sys.argv[1:]
-    counts = [int(part) for part in args.processes.split(",")]
+    counts = counts_of(args)
     runs: dict[int, list[dict[str, Any]]] = {count: [] for count in counts}
     for _ in range(args.repeats):
         for count in counts:
             runs[count].append(start(count, args, options))
+    random = f"{args.layers} layers, hidden size {args.hidden_size}"
     print(
-        f"{args.layers} layers, hidden size {args.hidden_size}, {args.dtype}, "
-        f"{args.samples} x {args.length} tokens, {current_device()}, "
+        f"{Path(args.model).name or random}, {args.dtype}, {args.samples} x "
+        f"{args.length} tokens, {current_device()}, "
         f"{os.cpu_count()} cores, {args.threads} threads per process, "
         f"{args.repeats} rounds, median (min..max)\n"
     )
-    header = ("processes", "calibration, s", "times faster", "of ideal")
+    what = "search" if args.search else "calibration"
+    header = ("processes", f"{what}, s", "times faster", "of ideal")
     rows = []
     alone = runs[counts[0]]
     for count in counts:

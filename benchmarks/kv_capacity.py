@@ -113,8 +113,7 @@ def save_config(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def serve(folder: str, queue: Any) -> None:
-    """Put into ``queue`` how many tokens fit, and the bytes and tokens they have."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    """Put into ``queue`` how many tokens fit, and how many are in flight."""
     from vllm import LLM
     from vllm.model_executor.models import registry
 
@@ -141,11 +140,14 @@ def main(families: list[str]) -> int:
     :param families: only these; all if there are none
     :return: number of predictions that are too far off, at most 1
     """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to stdout
+    from vllm import LLM  # noqa: F401  # once: what is forked below has it
+
     memory = int(os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")) * 2**30
     print("| family | layers | replaced | predicted | vLLM | off |")
     print("|---|---|---|---:|---:|---:|")
     wrong = False
-    # A process each, which has vLLM imported already where this one has.
     context = multiprocessing.get_context("fork")
     for case in CASES:
         if families and case.family not in families:

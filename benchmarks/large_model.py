@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "greedy, by the divergence": {"criterion": "kl", "selection": "greedy"},
     "greedy, by the bound": {"selection": "greedy"},
     "refit": {"refit": True},
-    "distillation, 1 epoch": {"distill_epochs": 1, "distill_rate": 0.03},
+    "distillation, 1 epoch": {"distill": {"epochs": 1, "rate": 0.03}},
 }
 
 

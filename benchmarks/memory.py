@@ -39,7 +39,7 @@ SETTINGS = {
     "held-out tokens": ("residual", HeldoutStatistics),
     "input: normalized": ("normalized", None),
     "preset: best": ("normalized", HeldoutStatistics),
-    "preset: best, save_statistics": ("normalized", LayerStatistics),
+    "preset: best, statistics": ("normalized", LayerStatistics),
 }
 
 

@@ -30,15 +30,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     BLOCK_DROP: {"kind": "block", "method": "drop", "criterion": "cosine"},
     BLOCK_NBL: {"kind": "block"},
-    "W_oW_v": {"estimator": "wo_wv", "input": "normalized"},
+    "W_oW_v": {"method": "wo_wv", "input": "normalized"},
     PAPER: {},
-    "NBL (best, closed form)": {"preset": "best", "distill_epochs": 0},
+    "NBL (best, closed form)": {"preset": "best", "distill": {"epochs": 0}},
     BEST: {"preset": "best"},
     # As many weights as full rank, in two layers.
     "NBL (best, half rank)": {"preset": "best", "rank": 0.5},
 }
-# What NBL (best) does with layers that it has chosen before.
-CHOSEN: dict[str, Any] = {"input": "normalized", "distill_epochs": 4}
+# What the greedy methods do with layers that they have chosen before.
+CHOSEN: dict[str, dict[str, Any]] = {
+    BEST: {"input": "normalized", "distill": {"epochs": 4}},
+    SLEB: {"kind": "block", "method": "drop"},
+}
 
 
 def load(model: str | Path, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
@@ -76,7 +79,7 @@ def compress(
     :param seed: of what is random
     """
     measured = f"statistics-{modifier.kind}-{modifier.input}"
-    modifier.save_statistics = str(statistics / measured)
+    modifier.statistics = str(statistics / measured)
     torch.manual_seed(seed)
     oneshot(
         model=model,

@@ -118,7 +118,7 @@ def compress(model: str, folder: Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     statistics = str(folder / "statistics")
-    rank = ["rank", model, "--save-statistics", statistics, "--num-samples", "64"]
+    rank = ["rank", model, "--statistics", statistics, "--num-samples", "64"]
     if nbl([*rank, "--max-seq-length", "256"]):
         sys.exit(1)
     for name, chosen in layers.items():

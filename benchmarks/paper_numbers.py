@@ -44,6 +44,8 @@ def table_of(results: Results, order: tuple[str, ...]) -> MethodsTable:
     cells = {(cell.method, cell.m): cell for cell in results.cells()}
     measured = {key: Measured.load(results, cell) for key, cell in cells.items()}
     methods = [BASE, *order]
+    # Averages are of what is there: a long task may be left for later.
+    tasks = [t for t in settings.tasks if any(t in m.tasks for m in measured.values())]
     rows = [
         _row(
             results.seconds(cells[key]),
@@ -51,7 +53,7 @@ def table_of(results: Results, order: tuple[str, ...]) -> MethodsTable:
             measured.get((BASE, 0)),
             measured.get((PAPER, key[1])),
             measured.get((BEST, key[1])),
-            settings.tasks,
+            tasks,
         )
         for key in sorted(cells, key=lambda key: (key[1], methods.index(key[0])))
     ]
@@ -64,8 +66,8 @@ def table_of(results: Results, order: tuple[str, ...]) -> MethodsTable:
         calibrated_on=f"{settings.samples} x {settings.seq_len} tokens of "
         f"{settings.calibration}",
         measured_on=f"{settings.heldout_windows} windows of {settings.seq_len} tokens "
-        f"of each text; {limit} documents of each task, MMLU with "
-        f"{settings.mmlu_shots} shots; {settings.dtype}",
+        f"of each text; {limit} documents of each task ({', '.join(tasks) or 'none'}), "
+        f"MMLU with {settings.mmlu_shots} shots; {settings.dtype}",
         rows=rows,
         versions=collect_versions(),
         created=utc_timestamp(),

@@ -123,9 +123,10 @@ class Run:
     def cells(self) -> Iterator[Cell]:
         """Yield the models in an order in which a part of them is of use."""
         yield Cell(BASE, 0)
-        if BEST in self._args.methods:
-            # the others begin with its choices
-            yield Cell(BEST, max(self._args.m))
+        for method in CHOSEN:
+            if method in self._args.methods:
+                # the others begin with its choices
+                yield Cell(method, max(self._args.m))
         first = [method for method in METHODS[:3] if method in self._args.methods]
         rest = [method for method in METHODS[3:] if method in self._args.methods]
         for methods in (first, rest):
@@ -232,14 +233,14 @@ class Run:
     def _recipe(self, cell: Cell) -> dict[str, Any]:
         """Return the fields of NBLModifier."""
         recipe = {"num_layers": cell.m, **RECIPES[cell.method]}
-        if cell.method != BEST:
+        if cell.method not in CHOSEN:
             return recipe
         # A greedy search takes the same layers first however many it is to take, so
         # the longest one is enough.
-        longest = self.results.read(Cell(BEST, max(self._args.m)))
+        longest = self.results.read(Cell(cell.method, max(self._args.m)))
         if longest is None or cell.m >= longest["m"]:
             return recipe
-        return CHOSEN | {"layers": longest["order"][: cell.m]}
+        return CHOSEN[cell.method] | {"layers": longest["order"][: cell.m]}
 
     def _sliced(self, cell: Cell) -> PreTrainedModel:
         """Return SliceGPT's model with as many parameters as NBL's, or fewer."""

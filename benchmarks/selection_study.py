@@ -12,6 +12,13 @@ ranks, dampening and sizes of the calibration set::
 Prints Markdown tables, means and standard errors over seeds, and writes every
 measurement to a JSON file. An interrupted study that is started again continues.
 Statistics, losses and fits are shared between settings that need the same ones.
+
+``--criteria`` compares the criteria alone, each ranking once; with ``--calibration``
+and ``--text`` on files instead of Python's own documentation::
+
+    python benchmarks/selection_study.py SmolLM2-135M-Instruct --criteria --m 4,8,12 \\
+        --calibration c4=c4_demo.json --text wikitext2=wikitext2_test.txt \\
+        --num-windows 64 --seq-length 512 --test-windows 24
 """
 
 from __future__ import annotations
@@ -27,12 +34,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from datasets import Dataset
 from loguru import logger
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import architecture_of
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.forward import PartialForward
@@ -44,12 +56,15 @@ from nbl_modifier.criteria import CRITERIA, TRIED
 from nbl_modifier.evaluation import PerplexityResult
 from nbl_modifier.evaluation.texts import pack, stdlib_texts
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
-from nbl_modifier.layer_statistics.windows import Batch, Windows, held_out_batches
+from nbl_modifier.layer_statistics.windows import Windows, held_out_batches
 from nbl_modifier.replacement.surgery import Replacement
 from nbl_modifier.search.budget import Budget
 from nbl_modifier.search.choose import choose
 from nbl_modifier.search.distillation import Distillation
 from nbl_modifier.search.trials import Trials
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmarks.paper_texts import load_windows, named_source
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Setting:
     :param method: ``linear`` or ``drop``
     :param rank: of the maps; None: full
     :param dampening_frac: of C_xx
-    :param distill_epochs: how often the maps are trained over the windows
+    :param epochs: how often the maps are trained over the windows
     """
 
     criterion: str = "cca_bound"
@@ -76,7 +91,7 @@ class Setting:
     method: Literal["linear", "drop"] = "linear"
     rank: int | None = None
     dampening_frac: float = 0.0
-    distill_epochs: int = 0
+    epochs: int = 0
 
     @property
     def spec(self) -> LinearizedLayer:
@@ -86,7 +101,7 @@ class Setting:
     @property
     def ranking(self) -> Setting:
         """What decides about the layers: maps of full rank, whatever they end up as."""
-        return replace(self, refit=False, rank=None, distill_epochs=0)
+        return replace(self, refit=False, rank=None, epochs=0)
 
     @property
     def fit(self) -> Setting:
@@ -98,8 +113,8 @@ class Setting:
 
 PAPER = Setting()
 CLOSED_FORM = Setting("loss", "greedy", True, "normalized")
-BEST = replace(CLOSED_FORM, distill_epochs=4)
-DISTILLED_PAPER = replace(PAPER, distill_epochs=4)
+BEST = replace(CLOSED_FORM, epochs=4)
+DISTILLED_PAPER = replace(PAPER, epochs=4)
 DAMPENING = (0.01, 0.05, 0.2)
 VARIANTS = {"paper": PAPER, "closed form": CLOSED_FORM, "best": BEST}
 NAMED = {
@@ -127,6 +142,7 @@ class Row:
     :param perplexity: on the test windows
     :param base: of the model before, on the same
     :param error: standard error of their ratio over windows, compared in pairs
+    :param text: of the test windows; empty: Python's own documentation
     """
 
     model: str
@@ -138,6 +154,7 @@ class Row:
     perplexity: float
     base: float
     error: float
+    text: str = ""
 
 
 class Case:
@@ -169,14 +186,14 @@ class Case:
         self._architecture = architecture_of(self._model.config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(path)
 
-        def batches(texts: Iterable[str], count: int) -> list[Batch]:
-            rows = pack(texts, tokenizer, args.seq_length, count)["input_ids"]
+        def windows(rows: Dataset) -> Windows:
             # whole batches are held out: of few windows, make small ones
-            size = max(1, min(args.batch_size, count // 4))
-            return [{"input_ids": batch} for batch in torch.tensor(rows).split(size)]
+            size = max(1, min(args.batch_size, len(rows) // 4))
+            tokens = torch.tensor(rows["input_ids"][:])
+            return Windows([{"input_ids": batch} for batch in tokens.split(size)])
 
-        self._windows = Windows(batches(stdlib_texts("calibration", seed), num_windows))
-        test = Windows(batches(stdlib_texts("heldout"), args.test_windows))
+        calibration, tests = texts(seed, num_windows, tokenizer, args)
+        self._windows = windows(calibration)
         self._held_out = held_out_batches(
             [batch["input_ids"].numel() for batch in self._windows.batches]
         )
@@ -184,43 +201,51 @@ class Case:
         self._trials = Trials(
             self._forward, self._architecture, self._windows.select(self._held_out)
         )
-        self._test = Trials(self._forward, self._architecture, test)
+        self._tests = {
+            text: Trials(self._forward, self._architecture, windows(rows))
+            for text, rows in tests.items()
+        }
         self.candidates = range(len(self._forward.layers))
-        self.base = self._test.loss()
+        self.base = {text: test.loss() for text, test in self._tests.items()}
         self._calibrations: dict[object, Calibration] = {}
         self._orders: dict[Setting, list[int]] = {}
         self._greedy: dict[Setting, dict[int, Replacement]] = {}
         self._refits: dict[object, Mapping[int, Replacement]] = {}
-        self._results: dict[object, PerplexityResult] = {}
+        self._results: dict[object, dict[str, PerplexityResult]] = {}
 
-    def measure(self, setting: Setting, num_layers: int) -> Row:
-        """Return the perplexity with ``num_layers`` layers replaced."""
+    def measure(self, setting: Setting, num_layers: int) -> list[Row]:
+        """Return the perplexity of each text with ``num_layers`` layers replaced."""
         known = self._known.get((setting.ranking, num_layers))
         if known is None or not setting.refit:
             known = tuple(self._path(setting.ranking, num_layers)[:num_layers])
         layers = frozenset(known)
         key = (setting.fit, layers)
         if key not in self._results:
-            self._results[key] = self._test.loss(self._replacements(setting, layers))
-        result = self._results[key]
-        _, error = result.relative_to(self.base)
-        return Row(
-            self.name,
-            self.seed,
-            self.num_windows,
-            setting,
-            num_layers,
-            tuple(sorted(layers)),
-            result.perplexity,
-            self.base.perplexity,
-            error,
-        )
+            replacements = self._replacements(setting, layers)
+            self._results[key] = {
+                text: test.loss(replacements) for text, test in self._tests.items()
+            }
+        return [
+            Row(
+                self.name,
+                self.seed,
+                self.num_windows,
+                setting,
+                num_layers,
+                tuple(sorted(layers)),
+                result.perplexity,
+                self.base[text].perplexity,
+                result.relative_to(self.base[text])[1],
+                text,
+            )
+            for text, result in self._results[key].items()
+        ]
 
     def _replacements(
         self, setting: Setting, layers: frozenset[int]
     ) -> Mapping[int, Replacement]:
-        if setting.distill_epochs:
-            start = self._replacements(replace(setting, distill_epochs=0), layers)
+        if setting.epochs:
+            start = self._replacements(replace(setting, epochs=0), layers)
             fitted_on = set(range(len(self._windows.batches))) - self._held_out
             distillation = Distillation(
                 self._forward,
@@ -228,11 +253,7 @@ class Case:
                 self._windows.select(fitted_on),
                 self._trials,
             )
-            epochs, rate = (
-                setting.distill_epochs,
-                NBLModifier(num_layers=1).distill_rate,
-            )
-            return distillation.run(start, epochs, rate)[0]
+            return distillation.run(start, setting.epochs, None)[0]
         if setting.refit:
             key = (setting.spec, setting.dampening_frac, layers)
             if key not in self._refits:
@@ -285,6 +306,38 @@ class Case:
         return Passes(self._forward, self._architecture, self._windows, calibration)
 
 
+def texts(
+    seed: int,
+    num_windows: int,
+    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace,
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """Return the windows to calibrate on, and those to measure on by text."""
+    length, count = args.seq_length, args.test_windows
+    if args.calibration is None:
+        calibration = stdlib_texts("calibration", seed)
+        return (
+            pack(calibration, tokenizer, length, num_windows),
+            {"": pack(stdlib_texts("heldout"), tokenizer, length, count)},
+        )
+    found = load_windows(
+        args.calibration,
+        args.text,
+        tokenizer,
+        samples=num_windows,
+        heldout_windows=count,
+        seq_len=length,
+        seed=seed,
+    )
+    return found.calibration, found.heldout
+
+
+def criteria_settings() -> list[Setting]:
+    """Return the criteria, each ranking once, and what the paper compares with."""
+    ranked = [Setting(criterion) for criterion in CRITERIA]
+    return [*ranked, Setting("cosine", method="drop")]
+
+
 def main_settings() -> list[Setting]:
     """Return criterion x selection x refit x input, where it may say something."""
     settings = []
@@ -319,9 +372,9 @@ class Store:
             for row in self.rows
         )
 
-    def add(self, row: Row) -> None:
-        """Keep a measurement."""
-        self.rows.append(row)
+    def add(self, rows: Iterable[Row]) -> None:
+        """Keep measurements."""
+        self.rows += rows
         entries = [asdict(row) for row in self.rows]
         self._path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
 
@@ -368,7 +421,9 @@ class Tables:
 
     def main(self, settings: Sequence[Setting], layers: Sequence[int]) -> str:
         """Return perplexity over the base model's by setting and number of layers."""
-        fields = ("criterion", "selection", "refit", "distill_epochs", "input")
+        every = ("method", "selection", "refit", "epochs", "input")
+        varied = [f for f in every if len({getattr(s, f) for s in settings}) > 1]
+        fields = ["criterion", *varied]
         rows = []
         for setting in settings:
             cells = [self._ratios(setting, m) for m in layers]
@@ -431,6 +486,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--test-windows", type=int, default=96)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
+    add = parser.add_argument
+    add("--criteria", action="store_true", help="compare these alone")
+    add("--calibration", type=named_source, metavar="NAME=FILE")
+    add("--text", type=named_source, action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--json", type=Path, default=Path("selection_study.json"))
     return parser.parse_args()
 
@@ -476,15 +535,30 @@ def main() -> int:
     damped = [replace(CLOSED_FORM, dampening_frac=frac) for frac in DAMPENING]
     for seed in args.seeds:
         for path in args.models:
+            if args.criteria:
+                wanted = [(each, m) for each in criteria_settings() for m in args.m]
+                run_case(path, seed, args.num_windows, wanted, args, store)
+                continue
             wanted = [(setting, m) for setting in NAMED.values() for m in args.m]
             wanted += [(setting, largest) for setting in (*settings, *ranked, *damped)]
             run_case(path, seed, args.num_windows, wanted, args, store)
             for size in args.sizes:
                 every = [(setting, largest) for setting in VARIANTS.values()]
                 run_case(path, seed, size, every, args, store)
+    print_all = print_criteria if args.criteria else print_tables
     for path in args.models:
-        print_tables(Path(path).name, store, args)
+        print_all(Path(path).name, store, args)
     return 0
+
+
+def print_criteria(name: str, store: Store, args: argparse.Namespace) -> None:
+    """Print what layers chosen by each criterion cost one model, for each text."""
+    settings = criteria_settings()
+    for text in dict.fromkeys(row.text for row in store.rows if row.model == name):
+        rows = [row for row in store.rows if (row.model, row.text) == (name, text)]
+        about = f"{text or 'held-out text'}, seeds {args.seeds}"
+        print(f"\n{name}, {about}: perplexity, times base\n")
+        print(Tables(rows).main(settings, args.m))
 
 
 def print_tables(name: str, store: Store, args: argparse.Namespace) -> None:

@@ -232,7 +232,7 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("models", nargs="+", type=Path, help="the base model, then checkpoints of it")
     add("--kv-cache-tokens", type=int, default=6144, help="of the base model (6144)")
     add("--requests", type=int, default=64, help="of each round (64)")
-    add("--concurrency", type=int, default=24, help="requests at once (24)")
+    add("--concurrency", type=int, default=16, help="requests at once (16)")
     add("--rounds", type=int, default=2, help="each of all models (2)")
     add("--dtype", default="float32", help="of weights and cache (float32)")
     add("--max-model-len", type=int, default=2048, help="(2048)")

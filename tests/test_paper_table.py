@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -277,6 +278,26 @@ def test_table_and_figures(
     average = drop.average
     assert average is not None
     assert f"{average[0]:.4f} ± {average[1]:.4f}" in text
+
+
+def test_averages_are_of_the_tasks_that_are_there(
+    finished: Path, modules: Any, data: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "table"
+    shutil.copytree(finished, folder)
+    for path in folder.glob(f"*/task-{TASKS[0]}.json"):
+        path.unlink()
+    next(folder.glob(f"DROP-m2/task-{TASKS[1]}.json")).unlink()
+    assert run(modules, data, folder, "--render") == 0
+    table = table_in(folder)
+    assert TASKS[0] not in table.measured_on
+    for row in table.rows:
+        if row.method == DROP:
+            assert row.average is None
+            continue
+        left = [row.tasks[name][0] for name in TASKS[1:]]
+        assert row.average is not None
+        assert row.average[0] == pytest.approx(sum(left) / len(left))
 
 
 def test_no_document_is_calibrated_on_and_measured(

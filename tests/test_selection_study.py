@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def test_study_continues(tmp_path: Path) -> None:
     path = tmp_path / "study.json"
     store = study.Store(path)
     assert store.lacks(("model", 1, 64), study.PAPER, 4)
-    store.add(row(study.PAPER, 1, 15.0))
+    store.add([row(study.PAPER, 1, 15.0)])
     again = study.Store(path)
     assert again.rows == store.rows
     assert not again.lacks(("model", 1, 64), study.PAPER, 4)
@@ -85,3 +86,34 @@ def test_one_study(
     compress(load(DEMO_MODEL), recipe, fitted)
     assert recipe.report is not None
     assert list(paper.layers) == recipe.report.selected_layers
+
+
+def test_criteria_on_other_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table per text; drawn anew for each seed, measured on the same windows."""
+    texts = {}
+    for name in ("code", "more"):
+        texts[name] = tmp_path / f"{name}.json"
+        rows = [
+            {"text": f"def {name}_{i}(x):\n    return x + {i}\n" * 40}
+            for i in range(60)
+        ]
+        texts[name].write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    output = tmp_path / "study.json"
+    sizes = "--m 1,2 --seeds 0,1 --num-windows 4 --test-windows 2 --seq-length 64"
+    argv = ["study", str(DEMO_MODEL), "--criteria", *sizes.split()]
+    argv += [
+        "--calibration",
+        f"code={texts['code']}",
+        "--text",
+        f"more={texts['more']}",
+    ]
+    monkeypatch.setattr(sys, "argv", [*argv, "--json", str(output)])
+    assert study.main() == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| kl_angle | linear |") == 2
+    assert printed.count("| cosine | drop |") == 2
+    found = study.Store(output).rows
+    assert len(found) == len(study.criteria_settings()) * 2 * 2 * 2
+    assert len({(row.text, row.base) for row in found}) == 2

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_table(
     llama: Path, rows: Dataset, tmp_path: Path, kind: Literal["attention", "block"]
 ) -> None:
-    modifier = NBLModifier(num_layers=1, kind=kind, save_statistics=str(tmp_path))
+    modifier = NBLModifier(num_layers=1, kind=kind, statistics=str(tmp_path))
     compress(load(llama), modifier, rows)
     table = report(str(llama), [tmp_path], 2)
     lines = (" ".join(line.split()) for line in table.splitlines())

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from integration_tests.results import outcome, read_results
-from integration_tests.rows import families, features, more_families, more_features
+from integration_tests.rows import (
+    REAL_MODELS,
+    families,
+    features,
+    more_families,
+    more_features,
+)
 from integration_tests.support_table import (
     BEGIN,
     END,
@@ -24,6 +30,11 @@ def test_markers_must_be_there() -> None:
     assert replaced(f"a\n{BEGIN}\nold\n{END}\nb", "new").splitlines() == [
         "a", BEGIN, "", "new", "", END, "b",
     ]  # fmt: skip
+
+
+def test_no_family_has_the_name_of_a_trained_model() -> None:
+    """A row's ``model`` is either, and its cell would be the other's."""
+    assert not REAL_MODELS.keys() & (families() | more_families()).keys()
 
 
 def test_one_failure_makes_a_cell_fail() -> None:

@@ -28,14 +28,13 @@ from nbl_modifier.layer_statistics.moments import (
 )
 from tests.tiny_llama import (
     DEMO_MODEL,
-    Model,
     compress,
     demo_tokenizer,
     load,
     save_llama,
     token_rows,
 )
-from tests.work import CountCalls, PeakMemory, count_flops
+from tests.work import CountCalls, PeakMemory, WindowCounter, count_flops
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.begin]
 
@@ -219,19 +218,6 @@ def test_only_one_layer_is_in_flight(tmp_path: Path) -> None:
     assert len(peaks) == 1
 
 
-class WindowCounter:
-    """Counts how often the MLPs of a model run over a window, all runs included."""
-
-    def __init__(self, model: Model) -> None:
-        self.windows = 0
-        for name, module in model.named_modules():
-            if name.endswith("mlp"):
-                module.register_forward_pre_hook(self._count)
-
-    def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.windows += len(args[0])
-
-
 # Where the chosen layers are known before they are chosen, so is the cost.
 KNOWN: list[dict[str, Any]] = [
     {"num_layers": 2},
@@ -246,8 +232,8 @@ KNOWN: list[dict[str, Any]] = [
         "criterion": "kl",
         "input": "normalized",
     },
-    {"layers": [1, 2], "distill_epochs": 1},
-    {"layers": [1, 2], "distill_epochs": 1, "distill_rate": 0.01},
+    {"layers": [1, 2], "distill": {"epochs": 1}},
+    {"layers": [1, 2], "distill": {"epochs": 1, "rate": 0.01}},
 ]
 
 
@@ -287,7 +273,7 @@ def test_passes_that_statistics_spare_are_not_counted(
 ) -> None:
     rows = token_rows(16, 64)
     fields: dict[str, Any] = {"num_layers": 2, "criterion": "kl"}
-    kept = NBLModifier(save_statistics=str(tmp_path), **fields)
+    kept = NBLModifier(statistics=str(tmp_path), **fields)
     compress(load(llama), [kept], rows)
     model = load(llama)
     counter = WindowCounter(model)
@@ -336,7 +322,7 @@ def test_a_choice_from_statistics_takes_what_solving_takes(
     factorizations: int,
 ) -> None:
     """Each file is read once, each layer is solved once, and the model never runs."""
-    kept = NBLModifier(num_layers=1, save_statistics=str(tmp_path), **fields)
+    kept = NBLModifier(num_layers=1, statistics=str(tmp_path), **fields)
     compress(load(llama), [kept], token_rows(16, 64))
     read = Counter[str]()
     original = store.load_file

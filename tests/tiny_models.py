@@ -66,9 +66,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        # vLLM's kernel for CPUs takes multiples of it
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
+        # vLLM's kernel for CPUs has 64 and 128 only
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
     },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **_SLIDING},
     "granitemoehybrid": {

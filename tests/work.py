@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -98,3 +98,16 @@ class PeakMemory(TorchDispatchMode):
         self._views[key] -= 1
         if self._views[key] == 0:
             self.alive -= nbytes
+
+
+class WindowCounter:
+    """Counts how often the MLPs of a model run over a window, all runs included."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.windows = 0
+        for name, module in model.named_modules():
+            if name.endswith("mlp"):
+                module.register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.windows += len(args[0])

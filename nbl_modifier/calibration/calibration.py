@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from loguru import logger
@@ -76,6 +77,7 @@ class Calibration:
         self._warned = False
         # Layers that this process is to solve; None: their statistics are stored.
         self._pending: dict[int, Sums | None] = {}
+        self._collected = 0
         self._started_at = time.perf_counter()
 
     @property
@@ -134,15 +136,21 @@ class Calibration:
         :raises torch.linalg.LinAlgError: naming the layer, if it cannot be solved
         """
         finished = set(map(id, modules))
-        for position, index in enumerate(sorted(self._layers.modules)):
+        for index in sorted(self._layers.modules):
             if id(self._layers.attention(index)) in finished:
+                # A pass over some of the layers has turns of its own.
+                position, self._collected = self._collected, self._collected + 1
                 self._collect(position, index)
                 if self._turns.all_have_one(position):
                     self._solve_pending()
 
+    def failing(self) -> AbstractContextManager[None]:
+        """Keep what goes wrong inside until all processes can be told."""
+        return self._turns.failing()
+
     def finish(self) -> None:
         """
-        Solve what is left, and let every process know all results.
+        Solve what is left, and let every process know all results so far.
 
         :raises ValueError: as :meth:`solve_finished`
         :raises RuntimeError: if another process has failed
@@ -155,8 +163,9 @@ class Calibration:
         """Gather the statistics of one layer in the process that solves it."""
         sums = None
         if index not in self._stored:
-            sums = self._observer.take(index)
-            if not self._turns.pool(position, self._layers.names[index], sums):
+            mine = self._observer.take(index)
+            sums = self._turns.pool(position, self._layers.names[index], mine)
+            if sums is None:
                 return
         if self._turns.is_mine(position):
             self._pending[index] = sums

@@ -28,6 +28,7 @@ class Leaderboard:
         self.replacements: dict[int, Replacement] = {}
         self._criterion = CRITERIA[criterion]
         self._keep = keep
+        self._shared: set[int] = set()  # layers that all processes know of
 
     def scores(self) -> dict[int, float]:
         """Return the criterion's value by layer index, lower is more linear."""
@@ -55,15 +56,22 @@ class Leaderboard:
         """
         Let every process know what all of them measured, and hold the best of it.
 
+        May be called again when more was measured.
+
         :param ranks: the processes of the run
         """
         if ranks.alone:
             return
-        mine = self.measured
-        self.measured = ranks.merge(mine)
+        mine = {i: m for i, m in self.measured.items() if i not in self._shared}
         owners = ranks.merge(dict.fromkeys(mine, ranks.rank))
+        measured = self.measured | ranks.merge(mine)
+        self.measured = {i: measured[i] for i in sorted(measured)}
+        self._shared |= owners.keys()
         scores = self.scores()
-        best = sorted(scores, key=lambda i: (scores[i], i))[: self._keep]
+        # by what is tried there are none yet, and all are held
+        best = sorted(self.measured, key=lambda i: (scores.get(i, 0.0), i))
+        held = self.replacements
         self.replacements = {
-            i: ranks.send(self.replacements.get(i), owners[i]) for i in best
+            i: ranks.send(held.get(i), owners[i]) if i in owners else held[i]
+            for i in best[: self._keep]
         }

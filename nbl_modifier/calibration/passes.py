@@ -61,10 +61,11 @@ class Passes:
         streams: dict[int, Tensor] = {}
         start = 0
         for index in sorted(indices):
-            with self._watching(calibration, index):
+            with calibration.failing(), self._watching(calibration, index):
                 self._advance(streams, start, index + 1)
             calibration.solve_finished(self.forward.layers[index].modules())
             start = index + 1
+        calibration.finish()
         return calibration
 
     def refit(self, indices: Collection[int]) -> Calibration:
@@ -85,11 +86,13 @@ class Passes:
         at_linearized = at_original = 0
         with ExitStack() as stack:
             for index in sorted(indices):
-                self._advance(linearized, at_linearized, index)
-                # The layers replaced so far are behind us: what runs is the original.
-                with self._watching(calibration, index):
-                    self._advance(original, at_original, index + 1)
+                with calibration.failing():
+                    self._advance(linearized, at_linearized, index)
+                    # The layers replaced so far are behind us: the original runs.
+                    with self._watching(calibration, index):
+                        self._advance(original, at_original, index + 1)
                 calibration.solve_finished(self.forward.layers[index].modules())
+                calibration.finish()
                 done = {index: calibration.replacements[index]}
                 stack.enter_context(self.replaced(done))
                 at_linearized, at_original = index, index + 1

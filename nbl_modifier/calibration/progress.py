@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,16 +19,21 @@ from .phases import Settings, plan
 __all__ = ["ProgressLine", "cost_of", "num_windows"]
 
 
+#: At least so long between two lines of one phase in the log.
+LOG_SECONDS = 60.0
+
+
 class ProgressLine:
     """
-    Shows a :class:`Progress` at a terminal, and logs it at the start of each phase.
+    Shows a :class:`Progress` at a terminal, and logs it at the start of each phase and
+    every minute.
 
     Call it with the progress.
     """
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._logged = ""
+        self._logged, self._logged_at = "", 0.0
 
     def __call__(self, progress: Progress) -> None:
         """Show ``progress``."""
@@ -37,8 +43,10 @@ class ProgressLine:
             self._bar = tqdm(total=1.0, bar_format=form, leave=False, disable=None)
         self._bar.set_description_str(progress.line, refresh=False)
         self._bar.update(progress.part - self._bar.n)
-        if progress.phase != self._logged and progress.seconds_left() is not None:
-            self._logged = progress.phase
+        now = time.monotonic()
+        is_due = progress.phase != self._logged or now - self._logged_at >= LOG_SECONDS
+        if is_due and progress.seconds_left() is not None:
+            self._logged, self._logged_at = progress.phase, now
             logger.info(progress.line)
 
     def close(self) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from nbl_modifier.layer_statistics.moments import HeldoutStatistics, LayerStatistics
 from nbl_modifier.layer_statistics.processes import Ranks
+
+from .observer import Sums
 
 __all__ = ["Turns"]
 
@@ -68,26 +72,50 @@ class Turns:
         self,
         position: int,
         name: str,
-        sums: Iterable[LayerStatistics | HeldoutStatistics | None],
-    ) -> bool:
+        sums: Sums,
+    ) -> Sums | None:
         """
         Add up the sums of all processes in the one that solves the layer.
 
         :param position: of the layer among those that are measured
         :param name: of the layer, for messages
         :param sums: of this process; None of what saw no batch
-        :return: whether there is anything to solve, for which all have to be there
+        :return: the sums of all, left undefined where the layer is not solved; None if
+            there is nothing to solve, for which all have to be there
         :raises Exception: in all processes, if one of them failed, or saw no data
         """
         found = [each for each in sums if each is not None]
         if not found and self.ranks.alone:
-            return False  # reported when calibration ends
+            return None  # reported when calibration ends
         if not found and self._failure is None:
             self._failure = RuntimeError(f"{name}: has seen no data")
         self.check()
-        for each in found:
-            self.ranks.pool(each, self.ranks.owner(position))
-        return True
+        sums = self._completed(*sums, found[0].form)
+        for each in sums:
+            if each is not None:
+                self.ranks.pool(each, self.ranks.owner(position))
+        return sums
+
+    def _completed(
+        self,
+        fitted: LayerStatistics | None,
+        held_out: LayerStatistics | HeldoutStatistics | None,
+        form: tuple[str, int, bool, torch.device],
+    ) -> Sums:
+        """
+        Return the sums with empty ones where only other processes have any.
+
+        Of a few batches a process may hold out none, or all.
+        """
+        if self.ranks.alone:
+            return fitted, held_out
+        if fitted is None:
+            fitted = LayerStatistics(*form)
+        kind = None if held_out is None else type(held_out)
+        kinds = [each for each in self.ranks.gather(kind) if each is not None]
+        if held_out is None and kinds:
+            held_out = kinds[0](*form)
+        return fitted, held_out
 
     def check(self) -> None:
         """

@@ -105,7 +105,8 @@ def _add_heldout_arguments(group: argparse._ArgumentGroup) -> None:
         type=path,
         metavar="SOURCE",
         help="text for perplexity: 'stdlib', a file, a folder, or 'none' (default: "
-        "'stdlib' with --dataset stdlib, 'none' with another or with --statistics)",
+        "'stdlib' with --dataset stdlib, 'none' with another or without calibration "
+        "because of --statistics)",
     )
     group.add_argument(
         "--heldout-samples",
@@ -188,11 +189,11 @@ def prepare(args: argparse.Namespace) -> Plan:
 
     has_nbl = any(isinstance(each, NBLModifier) for each in recipe.modifiers)
     config = check_model(args.model, linearize=has_nbl)
-    calibrates = use_statistics(args, recipe)
+    calibrates = use_statistics(args, recipe, config)
     refuse_idle_data_options(args, calibrates)
     seq_length = sequence_length(args, config)
     tokenizer = load_tokenizer(args.model)
-    heldout = heldout_rows(args, tokenizer, seq_length)
+    heldout = heldout_rows(args, tokenizer, seq_length, calibrates)
     calibration = note = None
     if calibrates:
         rows = calibration_rows(args, tokenizer, seq_length)

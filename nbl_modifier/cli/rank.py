@@ -10,24 +10,23 @@ from typing import TYPE_CHECKING, Any
 from .options import path
 from .processes import part_of, process_group, rank, share_of
 from .sources import add_data_arguments
-from .statistics import add_statistics_arguments
+from .statistics import add_statistics_arguments, needs_data, take_over_old_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
+    from nbl_modifier.llmcompressor_plugin.ranking import RankingModifier
     from nbl_modifier.records.compression import NBLReport
-
-RANKING_FILE_NAME = "nbl_ranking.json"
 
 _DESCRIPTION = """\
 Measure how linear each layer is and rank them. The model is left as it is. Prints the
-ranking, writes it as JSON and as a plot. With --save-statistics, nbl compress
---statistics then tries any number of layers, criterion or budget in seconds.
+ranking, writes it as JSON and as a plot. With --statistics, nbl compress --statistics
+then tries any number of layers, criterion or budget in seconds.
 """
 _EPILOG = """\
 example:
-  nbl rank meta-llama/Llama-3.1-8B --dataset c4 --save-statistics stats
+  nbl rank meta-llama/Llama-3.1-8B --dataset c4 --statistics stats
   nbl rank meta-llama/Llama-3.1-8B --statistics stats --criterion nmse
 """
 
@@ -76,6 +75,12 @@ def add_parser(commands: Any) -> None:
         default="residual",
         help="what the linear layers would read (default: residual)",
     )
+    add(
+        "--canonical-correlations",
+        action="store_true",
+        help="write quantiles of those of each layer, too, which takes an SVD per "
+        "layer; nbl report draws them",
+    )
     group = parser.add_argument_group("calibration")
     add_data_arguments(group)
     add_statistics_arguments(group)
@@ -100,40 +105,50 @@ def run(args: argparse.Namespace) -> None:
     with process_group():
         from .checks import check_model, make_folder
 
-        refuse_idle_data_options(args, calibrates=args.statistics is None)
         if not args.debug:
             show_ours_and_warnings()
+        take_over_old_name(args)
         folder = make_folder(args.output)
         config = check_model(args.model, linearize=True)
+        modifier = _modifier(args)
+        calibrates = needs_data(args, modifier, config)
+        refuse_idle_data_options(args, calibrates)
         tokenizer = load_tokenizer(args.model)
         rows = None
-        if args.statistics is None:
+        if calibrates:
             length = sequence_length(args, config)
             rows = part_of(calibration_rows(args, tokenizer, length))
-        ranking = _measure(args, tokenizer, rows)
+        ranking = _measure(args, modifier, tokenizer, rows)
         if rank() > 0:
             return
         _write(ranking, folder)
         write_plot(ranking, str(folder))
 
 
+def _modifier(args: argparse.Namespace) -> RankingModifier:
+    from nbl_modifier.llmcompressor_plugin.ranking import RankingModifier
+
+    return RankingModifier(
+        criterion=args.criterion,
+        kind=args.kind,
+        input=args.input,
+        canonical_correlations=args.canonical_correlations,
+        statistics=args.statistics,
+    )
+
+
 def _measure(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, rows: Dataset | None
+    args: argparse.Namespace,
+    modifier: RankingModifier,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset | None,
 ) -> NBLReport:
     import torch
     from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM
 
     from nbl_modifier.evaluation.texts import is_packed
-    from nbl_modifier.llmcompressor_plugin.ranking import RankingModifier
 
-    modifier = RankingModifier(
-        criterion=args.criterion,
-        kind=args.kind,
-        input=args.input,
-        save_statistics=args.save_statistics,
-        statistics=args.statistics,
-    )
     torch.manual_seed(args.seed)
     processor: Any = tokenizer  # what oneshot expects, annotated narrower
     oneshot(
@@ -150,6 +165,7 @@ def _measure(
 
 
 def _write(ranking: NBLReport, folder: Path) -> None:
+    from nbl_modifier.records.compression import RANKING_FILE_NAME
     from nbl_modifier.report.tables import ranking_table
 
     print()

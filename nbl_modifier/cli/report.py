@@ -19,8 +19,8 @@ _EPILOG = """\
 example:
   nbl report Llama-3.1-8B-NBL4 Llama-3.1-8B-NBL12 --output report.html
 
-reads nbl_report.json, nbl_evaluation.json, nbl_benchmark.json, nbl_methods.json and
-nbl_measurements.json (docs/report.md)
+reads nbl_report.json, nbl_evaluation.json, nbl_benchmark.json, nbl_methods.json,
+nbl_measurements.json and nbl_ranking.json (docs/report.md)
 """
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _MAX_DEFAULT_SEQ_LENGTH = 2048
+# Options that are of calibration data, and those of any text.
+_OF_DATA = ("dataset", "dataset_config", "split", "concatenate_data", "num_samples")
+_OF_TEXT = ("text_column", "max_seq_length", "batch_size")
 
 
 def add_data_arguments(group: argparse._ArgumentGroup) -> None:
@@ -74,6 +77,17 @@ def add_data_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def asks_for_data(args: argparse.Namespace) -> bool:
+    """
+    Return whether an option was given that only calibration data can be meant by.
+
+    :param args: the command line, of ``nbl compress`` or ``nbl rank``
+    """
+    measures = getattr(args, "heldout", None) not in (None, "none")
+    names = _OF_DATA if measures else (*_OF_DATA, *_OF_TEXT)
+    return not args.given.isdisjoint(names)
+
+
 def refuse_idle_data_options(args: argparse.Namespace, calibrates: bool) -> None:
     """
     Refuse options about data that have no effect on this run.
@@ -84,15 +98,11 @@ def refuse_idle_data_options(args: argparse.Namespace, calibrates: bool) -> None
     """
     from nbl_modifier.evaluation.texts import HUB_TEXTS, is_local
 
-    measures = heldout_source(args) is not None
+    heldout = heldout_source(args, calibrates)
     of_names = ("dataset_config", "split")
     if not calibrates:
-        why = "where no calibration data are needed"
-        if args.statistics:
-            why = f"with --statistics {args.statistics}, which stand for the data"
-        names = ("dataset", *of_names, "concatenate_data", "num_samples")
-        others = ("text_column", "max_seq_length", "batch_size")
-        refuse_idle(args, names if measures else (*names, *others), why)
+        names = _OF_DATA if heldout else (*_OF_DATA, *_OF_TEXT)
+        refuse_idle(args, names, "where no calibration data are needed")
     why = f"with --dataset {args.dataset}"
     if is_local(args.dataset):
         refuse_idle(args, of_names, f"{why}, which is no dataset of the hub")
@@ -101,10 +111,10 @@ def refuse_idle_data_options(args: argparse.Namespace, calibrates: bool) -> None
             args, ["concatenate_data"], f"{why}, which is always packed into sequences"
         )
     sources = [args.dataset] if calibrates else []
-    sources += [heldout_source(args) or args.dataset]
+    sources += [heldout or args.dataset]
     if not any(map(_may_have_columns, sources)):
         refuse_idle(args, ["text_column"], f"{why}, which has no columns to choose")
-    if not measures:
+    if heldout is None:
         refuse_idle(args, ["heldout_samples"], "without --heldout text")
 
 
@@ -266,24 +276,28 @@ def _named_dataset(
         ) from err
 
 
-def heldout_source(args: argparse.Namespace) -> str | None:
+def heldout_source(args: argparse.Namespace, calibrates: bool) -> str | None:
     """
     Return what perplexity is measured on, or None if it is not.
 
     :param args: the command line; that of ``nbl rank`` has no such option
+    :param calibrates: whether the run needs calibration data
     """
     from nbl_modifier.evaluation.texts import STDLIB
 
     source: str | None = getattr(args, "heldout", "none")
     if source is None:
-        # Without calibration, perplexity would take nearly all the time there is.
-        reads = args.dataset == STDLIB and getattr(args, "statistics", None) is None
-        source = STDLIB if reads else "none"
+        # With statistics alone, perplexity would take nearly all the time there is.
+        quick = args.statistics is not None and not calibrates
+        source = STDLIB if args.dataset == STDLIB and not quick else "none"
     return None if source == "none" else source
 
 
 def heldout_rows(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, seq_length: int
+    args: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+    calibrates: bool,
 ) -> Dataset | None:
     """
     Return held-out token windows, or None if there is to be no perplexity.
@@ -291,12 +305,13 @@ def heldout_rows(
     :param args: the command line
     :param tokenizer: the model's
     :param seq_length: tokens per window
+    :param calibrates: whether the run needs calibration data
     :raises ValueError: if there are none; the message names the option
     :raises FileNotFoundError: if a file does not exist
     """
     from nbl_modifier.evaluation.texts import STDLIB, is_local, load_texts, pack
 
-    source = heldout_source(args)
+    source = heldout_source(args, calibrates)
     if source is None:
         return None
     if not is_local(source):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics that a command was asked to keep, or to use instead of data."""
+"""Statistics that a command keeps in a folder, and uses instead of data."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import argparse
 from typing import TYPE_CHECKING
 
 from .options import path
+from .sources import asks_for_data
 
 if TYPE_CHECKING:
     from llmcompressor.recipe import Recipe
+    from transformers import PretrainedConfig
 
-    from nbl_modifier.llmcompressor_plugin.modifier import NBLModifier
+    from nbl_modifier.llmcompressor_plugin.options import Options
 
 
 def add_statistics_arguments(group: argparse._ArgumentGroup) -> None:
@@ -22,57 +24,82 @@ def add_statistics_arguments(group: argparse._ArgumentGroup) -> None:
     """
     either = group.add_mutually_exclusive_group()
     either.add_argument(
-        "--save-statistics",
-        type=path,
-        metavar="DIR",
-        help="keep the statistics of every layer there; an interrupted calibration "
-        "goes on where it stopped",
-    )
-    either.add_argument(
         "--statistics",
         type=path,
         metavar="DIR",
-        help="use those of an earlier run instead of calibrating",
+        help="keep the statistics of every layer there and use those that are there: "
+        "an interrupted calibration goes on where it stopped, and where none is "
+        "missing, no data are read unless options ask for them",
     )
+    # as it was called in 0.1
+    either.add_argument("--save-statistics", type=path, help=argparse.SUPPRESS)
 
 
-def use_statistics(args: argparse.Namespace, recipe: Recipe) -> bool:
+def take_over_old_name(args: argparse.Namespace) -> None:
     """
-    Hand ``--statistics`` or ``--save-statistics`` to the recipe's NBLModifier.
+    Read ``--save-statistics`` as ``--statistics``, with a warning.
+
+    :param args: the command line, changed in place
+    """
+    from loguru import logger
+
+    if args.save_statistics:
+        args.statistics = args.save_statistics
+        logger.warning(
+            "--save-statistics is now --statistics, and the next release refuses the "
+            "old name"
+        )
+
+
+def needs_data(
+    args: argparse.Namespace, modifier: Options, config: PretrainedConfig
+) -> bool:
+    """
+    Return whether a modifier of ours is to run over calibration data.
+
+    :param args: the command line
+    :param modifier: with its folder of statistics, if any
+    :param config: the model's
+    :raises ValueError: if the statistics, or the layers asked for, cannot be told
+    """
+    from nbl_modifier.llmcompressor_plugin.plan import needs_data
+
+    # the old name always took them
+    asked = args.save_statistics or asks_for_data(args)
+    return bool(asked) or needs_data(modifier, config)
+
+
+def use_statistics(
+    args: argparse.Namespace, recipe: Recipe, config: PretrainedConfig
+) -> bool:
+    """
+    Hand ``--statistics`` to the recipe's NBLModifier.
 
     :param args: the command line
     :param recipe: changed in place
+    :param config: the model's
     :return: whether the recipe still needs calibration data
     :raises ValueError: if there is no NBLModifier to use them
     """
     from nbl_modifier.llmcompressor_plugin.modifier import NBLModifier
 
-    needs_data = False
+    take_over_old_name(args)
+    folder, needed, has_nbl = args.statistics, False, False
     for modifier in recipe.modifiers:
         if not isinstance(modifier, NBLModifier):
-            needs_data |= modifier.requires_calibration_data
+            needed |= modifier.requires_calibration_data
             continue
-        if args.statistics or args.save_statistics:
-            _refuse_other_folder(args, modifier)
-            modifier.statistics = args.statistics
-            modifier.save_statistics = args.save_statistics
-        needs_data |= modifier.statistics is None or modifier.runs_again
-    asked = args.statistics or args.save_statistics
-    if asked and not any(isinstance(each, NBLModifier) for each in recipe.modifiers):
-        raise ValueError(
-            f"--statistics, --save-statistics {asked}: the recipe has no NBLModifier, "
-            "which they are of. Leave the option out."
-        )
-    return needs_data
-
-
-def _refuse_other_folder(args: argparse.Namespace, modifier: NBLModifier) -> None:
-    """Refuse a folder of the command line where the recipe names another one."""
-    for name in ("statistics", "save_statistics"):
-        folder = getattr(modifier, name)
-        if folder is not None and folder != getattr(args, name):
-            asked = "statistics" if args.statistics else "save_statistics"
+        has_nbl = True
+        if folder and modifier.statistics not in (None, folder):
             raise ValueError(
-                f"--{asked.replace('_', '-')} {getattr(args, asked)}: the recipe has "
-                f"NBLModifier.{name}: {folder} already. Remove one of the two."
+                f"--statistics {folder}: the recipe has NBLModifier.statistics: "
+                f"{modifier.statistics} already. Remove one of the two."
             )
+        modifier.statistics = folder or modifier.statistics
+        needed |= needs_data(args, modifier, config)
+    if folder and not has_nbl:
+        raise ValueError(
+            f"--statistics {folder}: the recipe has no NBLModifier, which they are of. "
+            "Leave the option out."
+        )
+    return needed

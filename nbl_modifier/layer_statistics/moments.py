@@ -131,6 +131,8 @@ class LayerStatistics:
     ) -> None:
         self.name = name
         self.hidden_size = hidden_size
+        #: What this was made with, and either kind of statistics can be made with.
+        self.form = (name, hidden_size, normalized, device)
         self.seconds = 0.0
         self._cosine_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._residual = CovarianceAccumulator(hidden_size, hidden_size, device=device)
@@ -219,6 +221,8 @@ class HeldoutStatistics:
         self, name: str, hidden_size: int, normalized: bool, device: torch.device
     ) -> None:
         self.name = name
+        #: As of :class:`LayerStatistics`.
+        self.form = (name, hidden_size, normalized, device)
         self.seconds = 0.0
         self._is_normalized = normalized
         self._moments = CovarianceAccumulator(

@@ -1,9 +1,9 @@
-"""The moments of a layer as named tensors and strings, which is how they are stored."""
+"""Moments and windows as named tensors and strings, which is how they are stored."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from nbl_modifier.numerics import CovarianceStats, PackedSymmetric
 
 from .moments import LayerMoments
 
-__all__ = ["pack_moments", "unpack_moments"]
+__all__ = ["pack_moments", "pack_windows", "unpack_moments", "unpack_windows"]
 
 _SYMMETRIC = frozenset({"cov_xx", "cov_yy"})  # of which one triangle is stored
 
@@ -82,3 +82,35 @@ def unpack_moments(
     return LayerMoments(
         residual, stats("normalized"), float(metadata[f"{part}.cosine_distance"])
     )
+
+
+def pack_windows(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """
+    Return batches as named tensors, on the CPU.
+
+    :param batches: what the model is called with; what is no tensor is left out
+    """
+    return {
+        f"{number}.{name}": value.cpu().contiguous()
+        for number, batch in enumerate(batches)
+        for name, value in batch.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def unpack_windows(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """
+    Return what :func:`pack_windows` was given.
+
+    :param tensors: by name
+    :raises ValueError: if these are no batches
+    """
+    batches: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        number, _, name = key.partition(".")
+        batches.setdefault(number, {})[name] = tensor
+    numbers = [str(number) for number in range(len(batches))]
+    ids = [batch.get("input_ids") for batch in batches.values()]
+    if batches.keys() != set(numbers) or any(i is None or i.dim() != 2 for i in ids):
+        raise ValueError(f"it holds {sorted(tensors)}")
+    return [batches[number] for number in numbers]

@@ -1,6 +1,6 @@
 """
-Calibration on several processes: each sees its own part of the data, together they
-measure what one process would.
+Several processes: each sees its own part of the data, together they find what one
+process would.
 
 The statistics of each layer are added up in one process, its owner, which solves it.
 Owners take turns, so that as many layers as there are processes are solved at once. No
@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 
 from .moments import HeldoutStatistics, LayerStatistics
 
@@ -73,12 +74,16 @@ class Ranks:
         """
         Let all processes raise what one of them does inside, see :meth:`check`.
 
+        What runs inside must not ask the other processes for anything.
+
         :raises Exception: as :meth:`check`
         """
         failure = None
         try:
             yield
-        except (ValueError, OSError) as err:
+        except Exception as err:
+            if self.alone:
+                raise
             failure = err
         self.check(failure)
 
@@ -114,6 +119,31 @@ class Ranks:
         received: T = held[0]
         return received
 
+    def add_up(self, tensor: Tensor, owner: int | None = None) -> None:
+        """
+        Replace a tensor by its sum over all processes, in place.
+
+        :param tensor: contiguous, of the same shape and dtype in all processes
+        :param owner: rank of the only process that needs the sum; in the others the
+            tensor is left undefined. None: all do
+        """
+        if self.alone:
+            return
+        if owner is None:
+            dist.all_reduce(tensor)
+        else:
+            dist.reduce(tensor, dst=owner)
+
+    def share(self, tensor: Tensor, owner: int) -> None:
+        """
+        Replace a tensor by the owner's, in place.
+
+        :param tensor: contiguous, of the same shape and dtype in all processes
+        :param owner: a rank
+        """
+        if not self.alone:
+            dist.broadcast(tensor, src=owner)
+
     def pool(self, statistics: LayerStatistics | HeldoutStatistics, owner: int) -> None:
         """
         Add up the statistics of all processes, in the owner's.
@@ -123,4 +153,4 @@ class Ranks:
         :param owner: rank of the one that does
         """
         if not self.alone:
-            statistics.pool_(dist.all_reduce, partial(dist.reduce, dst=owner))
+            statistics.pool_(self.add_up, partial(self.add_up, owner=owner))

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from loguru import logger
@@ -30,7 +31,7 @@ class Sources:
     """
     What a run measures on.
 
-    :param data: the calibration set; with statistics to reuse its held-out windows
+    :param data: the calibration set; without one the held-out windows of the store
     :param store: where statistics are read from and written to, or None
     :param complete: whether the store has all that is needed of every layer
     """
@@ -65,56 +66,52 @@ def open_sources(
     candidates: Mapping[int, str],
     needs: Needs,
     *,
-    statistics: str | None,
-    save_statistics: str | None,
+    folder: str | None,
 ) -> Sources:
     """
     Return what the run measures on, checked.
 
+    With calibration data what the folder lacks is measured, and what it has must be of
+    these data; without, it must have everything.
+
     :param model: the causal language model
-    :param batches: the calibration dataloader; may be None with ``statistics``
+    :param batches: the calibration dataloader; may be None with a folder
     :param candidates: names of the modules to measure, by decoder layer index
     :param needs: what the run is going to ask for
-    :param statistics: folder to read from
-    :param save_statistics: folder to write to
+    :param folder: of statistics, to read from and to add to; None: nothing is kept
     :raises ValueError: if data or statistics are missing, do not fit each other or the
         model, or do not hold what is needed
     """
     ranks = Ranks()
-    _check_ranks(needs, ranks)
-    # Recipes are read by no shell that would know what ~ is.
-    statistics, save_statistics = map(_expanded, (statistics, save_statistics))
-    if statistics is not None:
-        return _reused(model, batches, candidates, needs, statistics)
-    hold_out = needs.heldout_nmse or needs.losses
+    if folder is not None:
+        # Recipes are read by no shell that would know what ~ is.
+        folder = os.path.expanduser(folder)  # noqa: PTH111  keeps ~nobody as it is
+        if batches is None:
+            return _reused(model, candidates, needs, folder)
     # Saved statistics are to serve whatever is asked for later, here also losses.
-    hold_out_to_save = save_statistics is not None and ranks.alone
-    data = check_calibration_data(
-        batches, _hidden_size(model), hold_out or hold_out_to_save, ranks
-    )
+    hold_out = needs.heldout_nmse or needs.losses or folder is not None
+    data = check_calibration_data(batches, _hidden_size(model), hold_out, ranks)
     with ranks.failing_together():
         check_variety(model, data.batches)
     if needs.losses:
         check_predictable(_held_out(data))
     digest = _pooled_digest(data, ranks)
-    if save_statistics is None:
+    if folder is None:
         return Sources(data, None, complete=False)
-    store = _prepared(model, data, digest, needs, save_statistics, ranks)
+    store = _prepared(model, data, digest, needs, folder, ranks)
     found = [index for index in candidates if index in store]
-    if len(found) < len(candidates):
+    complete = len(found) == len(candidates)
+    if not complete:
+        _check_input(store, needs, len(candidates) - len(found))
         _check_found(store, {index: candidates[index] for index in found}, ranks)
     if found:
         logger.info(
             "{}: statistics of {} of {} layers are read, not measured again",
-            save_statistics,
+            folder,
             len(found),
             len(candidates),
         )
-    return Sources(data, store, complete=len(found) == len(candidates))
-
-
-def _expanded(folder: str | None) -> str | None:
-    return folder and os.path.expanduser(folder)  # noqa: PTH111  keeps ~nobody as it is
+    return Sources(data, store, complete)
 
 
 def _prepared(
@@ -130,62 +127,62 @@ def _prepared(
 
     :param digest: of the data of all processes
     """
-    windows = [data.batches[number] for number in sorted(data.held_out)]
-    held_out = sum(ranks.gather(sum(len(each["input_ids"]) for each in windows)))
+    mine = [data.batches[number] for number in sorted(data.held_out)]
+    windows = list(chain.from_iterable(ranks.gather(mine)))
     version = StatisticsStore.version_in(folder)
     origin = _origin(model, data.num_samples, digest, needs, version)
-    known = ranks.alone and version == FORMAT_VERSION
     origin = replace(
         origin,
-        held_out=held_out,
-        windows_digest=windows_digest(windows) if known else None,
+        held_out=sum(len(each["input_ids"]) for each in windows),
+        windows_digest=windows_digest(windows) if version == FORMAT_VERSION else None,
     )
     store = _created(folder, origin, ranks)
-    if ranks.alone:
-        store.save_windows(windows)
+    with ranks.failing_together():
+        if ranks.rank == 0:
+            store.save_windows(windows)
     return store
 
 
 def _reused(
-    model: PreTrainedModel,
-    batches: Iterable[Any] | None,
-    candidates: Mapping[int, str],
-    needs: Needs,
-    folder: str,
+    model: PreTrainedModel, candidates: Mapping[int, str], needs: Needs, folder: str
 ) -> Sources:
+    """Return a store that stands for the calibration data."""
+    if not StatisticsStore.is_in(folder):
+        raise ValueError(
+            f"statistics {folder}: there are none, and no calibration data to take "
+            "them of. Pass dataset=… and num_calibration_samples=… to oneshot(), or "
+            "name the folder of a calibration."
+        )
     store = StatisticsStore.open(folder)
     _warn_of_old(store)
-    data, digest = None, ""
-    if batches is not None:
-        data = check_calibration_data(batches, _hidden_size(model), hold_out=True)
-        digest = _pooled_digest(data, Ranks())
-    elif needs.windows:
+    if needs.windows:
         raise ValueError(
-            f"statistics {folder}: selection: greedy, refit and distill_epochs run the "
-            "model over the calibration windows again. Pass the dataset, too, or leave "
-            "them out."
+            f"statistics {folder}: selection: greedy, refit and distill run the model "
+            "over the calibration windows again. Pass the dataset, too, or leave them "
+            "out."
         )
     num_samples = store.origin.num_samples
-    store.check(_origin(model, num_samples, digest, needs, store.version))
-    if needs.heldout_nmse and not store.origin.held_out:
+    store.check(_origin(model, num_samples, "", needs, store.version))
+    if (needs.heldout_nmse or needs.losses) and not store.origin.held_out:
         raise ValueError(
-            f"statistics {folder}: taken in several processes, without held-out tokens "
-            "to measure max_nmse on. Calibrate with max_nmse, or leave it out."
+            f"statistics {folder}: taken in several processes by an earlier version, "
+            "without held-out tokens to measure errors and losses on. Calibrate again "
+            "into another folder."
         )
     missing = [name for index, name in candidates.items() if index not in store]
     if missing:
         raise ValueError(
             f"statistics {folder}: there are none of {missing[0]} ({len(missing)} such "
-            "layers). Calibrate with save_statistics set to this folder, which goes on "
-            "where it was interrupted."
+            "layers). Pass the dataset, too: what is missing is then measured and "
+            "added."
         )
-    if data is None:
-        windows = store.windows() if needs.losses else []
-        held_out = frozenset(range(len(windows)))
-        data = CalibrationData(list(windows), num_samples, held_out)
+    ranks = Ranks()
+    windows = store.windows()[ranks.rank :: ranks.size] if needs.losses else []
+    held_out = frozenset(range(len(windows)))
+    data = CalibrationData(list(windows), num_samples, held_out)
     if needs.losses:
         check_predictable(_held_out(data))
-    return Sources(replace(data, num_samples=num_samples), store, True)
+    return Sources(data, store, complete=True)
 
 
 def _held_out(data: CalibrationData) -> Windows:
@@ -196,18 +193,6 @@ def _held_out(data: CalibrationData) -> Windows:
 def _hidden_size(model: PreTrainedModel) -> int:
     size: int = model.config.get_text_config().hidden_size
     return size
-
-
-def _check_ranks(needs: Needs, ranks: Ranks) -> None:
-    """Refuse what each process would answer for its own windows only."""
-    if ranks.alone or not (needs.losses or needs.windows):
-        return
-    asked = "selection: greedy, refit and distill_epochs" if needs.windows else "losses"
-    raise NotImplementedError(
-        f"NBLModifier: {asked} run the model over windows of one process, got "
-        f"{ranks.size} processes. Use a criterion and a budget that statistics answer, "
-        "or calibrate with save_statistics and search in one process."
-    )
 
 
 def _pooled_digest(data: CalibrationData, ranks: Ranks) -> str:
@@ -238,6 +223,17 @@ def _created(folder: str, origin: Origin, ranks: Ranks) -> StatisticsStore:
     store = StatisticsStore.open(folder)
     _warn_of_old(store)
     return store
+
+
+def _check_input(store: StatisticsStore, needs: Needs, missing: int) -> None:
+    """Refuse to add less to a store than its other layers have."""
+    if store.origin.input != needs.input:
+        raise ValueError(
+            f"statistics {store.folder}: taken with input {store.origin.input}, and "
+            f"{missing} layers are missing, of which this run would measure less, got "
+            f"input: {needs.input}. Measure them with input: {store.origin.input}, "
+            "which serves both, or calibrate into another folder."
+        )
 
 
 def _check_found(

@@ -9,6 +9,7 @@ what is in it, so that what was changed or exchanged since is refused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -24,7 +25,7 @@ from nbl_modifier.records.files import write_atomically
 
 from .fingerprint import tensors_digest
 from .moments import LayerMoments
-from .packing import pack_moments, unpack_moments
+from .packing import pack_moments, pack_windows, unpack_moments, unpack_windows
 
 __all__ = ["FORMAT_VERSION", "Origin", "StatisticsStore", "windows_digest"]
 
@@ -35,8 +36,8 @@ _MANIFEST = "statistics.json"
 _WINDOWS = "heldout_windows.safetensors"
 _REMEDY = "Calibrate again into another folder"
 _REMEDY_OF_ONE = (
-    "Delete the file and calibrate again with save_statistics set to this folder, "
-    "which measures what is missing"
+    "Delete the file and calibrate with the same data and folder, which measures what "
+    "is missing"
 )
 
 
@@ -89,6 +90,15 @@ class StatisticsStore:
         self.version = version
 
     @classmethod
+    def is_in(cls, folder: str | os.PathLike[str]) -> bool:
+        """
+        Return whether a calibration has begun to write a store there.
+
+        :param folder: that may or may not exist
+        """
+        return (Path(folder) / _MANIFEST).exists()
+
+    @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Self:
         """
         Return the store that a calibration has written.
@@ -99,7 +109,7 @@ class StatisticsStore:
         if not path.exists():
             raise ValueError(
                 f"statistics {folder}: there is no {_MANIFEST}. Pass a folder that a "
-                "calibration with save_statistics wrote."
+                "calibration wrote."
             )
         try:
             fields = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -128,7 +138,7 @@ class StatisticsStore:
 
         :raises ValueError: as :meth:`open`, for what is there already
         """
-        if not (Path(folder) / _MANIFEST).exists():
+        if not cls.is_in(folder):
             return FORMAT_VERSION
         return cls.open(folder).version
 
@@ -141,7 +151,7 @@ class StatisticsStore:
         :raises OSError: if it cannot be written
         """
         path = Path(folder)
-        if (path / _MANIFEST).exists():
+        if cls.is_in(folder):
             store = cls.open(folder)
             store.check(dataclasses.replace(origin, model=store.origin.model))
             return store
@@ -245,9 +255,16 @@ class StatisticsStore:
         """
         Write the held-out windows, so that losses can be measured without the data.
 
+        A folder that has them is not touched, since it may be there to read only.
+
         :param batches: what the model is called with
         """
-        _save_atomically(_window_tensors(batches), self.folder / _WINDOWS, {})
+        path, tensors = self.folder / _WINDOWS, pack_windows(batches)
+        if path.exists():
+            with contextlib.suppress(ValueError):  # damaged
+                if tensors_digest(_read(path)[0]) == tensors_digest(tensors):
+                    return
+        _save_atomically(tensors, path, {})
 
     def windows(self) -> list[dict[str, Tensor]]:
         """
@@ -264,14 +281,10 @@ class StatisticsStore:
         tensors, _ = _read(path)
         if self.origin.windows_digest is not None or self.version > 2:
             _check_digest(path, tensors_digest(tensors), self.origin.windows_digest)
-        batches: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            number, _, name = key.partition(".")
-            batches.setdefault(number, {})[name] = tensor
-        numbers = [str(number) for number in range(len(batches))]
-        if batches.keys() != set(numbers) or not all(map(_is_batch, batches.values())):
-            _refuse(path, f"is damaged (it holds {sorted(tensors)})", _REMEDY_OF_ONE)
-        return [batches[number] for number in numbers]
+        try:
+            return unpack_windows(tensors)
+        except ValueError as err:
+            _refuse(path, f"is damaged ({err})", _REMEDY_OF_ONE, err)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"layer-{index:05d}.safetensors"
@@ -283,20 +296,7 @@ def windows_digest(batches: Sequence[Mapping[str, Tensor]]) -> str:
 
     :param batches: what the model is called with
     """
-    return tensors_digest(_window_tensors(batches))
-
-
-def _window_tensors(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {
-        f"{number}.{name}": value.cpu().contiguous()
-        for number, batch in enumerate(batches)
-        for name, value in batch.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _is_batch(batch: Mapping[str, Tensor]) -> bool:
-    return "input_ids" in batch and batch["input_ids"].dim() == 2
+    return tensors_digest(pack_windows(batches))
 
 
 def _refuse(
@@ -340,7 +340,7 @@ def _save_atomically(
     except SafetensorError as err:
         raise OSError(
             f"statistics {path}: cannot be written ({err}). Make room, or choose "
-            "another folder for save_statistics."
+            "another folder."
         ) from err
     finally:
         unfinished.unlink(missing_ok=True)

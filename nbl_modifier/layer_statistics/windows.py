@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -153,25 +154,26 @@ def check_calibration_data(
     :param batches: the calibration dataloader
     :param hidden_size: d of the model, the dimension of the estimator's input
     :param hold_out: whether a part of the batches is not to be fitted on
-    :param ranks: the processes of the run, whose tokens count together
+    :param ranks: the processes of the run, whose tokens count together, and whose
+        batches are held out as if one process had all, in order of their ranks
     :raises ValueError: if there is no data, or not more tokens to fit on than
         ``hidden_size``
     """
     remedy = "Pass dataset=… and num_calibration_samples=… to oneshot()."
     if batches is None:
         raise ValueError(f"NBLModifier needs calibration data, got none. {remedy}")
+    ranks = ranks or Ranks()
     # Iterating a shuffled loader draws from torch's generator; without the fork the
     # data of every later pass would depend on this check.
-    with torch.random.fork_rng(devices=[]):
+    with ranks.failing_together(), torch.random.fork_rng(devices=[]):
         rewind_generator()  # the samples that the calibration pass will draw
         drawn = list(batches)
-    sizes = [len(batch["input_ids"]) for batch in drawn]
-    if sum(sizes) == 0:
-        raise ValueError(f"the calibration set is empty. {remedy}")
+        sizes = [len(batch["input_ids"]) for batch in drawn]
+        if sum(sizes) == 0:
+            raise ValueError(f"the calibration set is empty. {remedy}")
     counts = [_count_tokens(batch) for batch in drawn]
-    ranks = ranks or Ranks()
     _check_lengths(max(ranks.gather(max(map(_longest, drawn)))))
-    held_out = held_out_batches(counts) if hold_out else frozenset[int]()
+    held_out = _own_held_out(counts, ranks) if hold_out else frozenset[int]()
     fitted = (count for i, count in enumerate(counts) if i not in held_out)
     tokens = sum(ranks.gather(sum(fitted)))
     check_num_tokens(
@@ -188,6 +190,18 @@ def check_calibration_data(
             _FEW_TOKENS_PER_DIMENSION * hidden_size,
         )
     return CalibrationData(drawn, sum(ranks.gather(sum(sizes))), held_out)
+
+
+def _own_held_out(counts: Sequence[int], ranks: Ranks) -> frozenset[int]:
+    """
+    Return which batches of this process are held out: those that one would hold out.
+
+    :param counts: tokens of each batch of this process
+    """
+    parts = ranks.gather(list(counts))
+    before = sum(map(len, parts[: ranks.rank]))
+    everywhere = held_out_batches(list(chain.from_iterable(parts)))
+    return frozenset(range(len(counts))) & {number - before for number in everywhere}
 
 
 def _count_tokens(batch: Mapping[str, Tensor]) -> int:
@@ -232,15 +246,16 @@ def check_predictable(windows: Windows) -> None:
     """
     Refuse held-out windows on which no loss can be measured.
 
-    :param windows: all that are held out
-    :raises ValueError: if there is no token to predict in any
+    :param windows: all that are held out, of this process
+    :raises ValueError: if there is no token to predict in any of any process
     """
-    numbers = range(len(windows.batches))
-    if not any(bool(windows.targets(number).any()) for number in numbers):
+    numbers, ranks = range(len(windows.batches)), Ranks()
+    mine = any(bool(windows.targets(number).any()) for number in numbers)
+    if not any(ranks.gather(mine)):
         raise ValueError(
             f"held-out part of the calibration set: there is no token to predict in "
-            f"its {len(numbers)} batches, where losses are to be measured. Use longer "
-            "samples, or a loss mask that leaves more of them."
+            f"its {sum(ranks.gather(len(numbers)))} batches, where losses are to be "
+            "measured. Use longer samples, or a loss mask that leaves more of them."
         )
 
 

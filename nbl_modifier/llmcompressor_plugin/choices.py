@@ -162,48 +162,22 @@ def choose_spec(
             )
     elif options.kind == "attention":
         check_input(architecture, options.input)
-    if options.estimator == "wo_wv":
+    if options.method == "wo_wv":
         for name in names:
             check_weights_map(name, model.get_submodule(name), architecture)
-    rank = choose_rank(
-        model.config.get_text_config().hidden_size,
-        count,
-        options.rank,
-        options.max_parameters,
-    )
-    return LinearizedLayer(reads, options.kind, options.method, rank)
+    rank = choose_rank(model.config.get_text_config().hidden_size, options.rank)
+    return LinearizedLayer(reads, options.kind, options.replaced_by, rank)
 
 
-def choose_rank(
-    hidden_size: int,
-    num_layers: int,
-    rank: float | None,
-    max_parameters: int | None,
-) -> int | None:
+def choose_rank(hidden_size: int, rank: float | None) -> int | None:
     """
     Return the rank of each linear layer; None for full rank.
 
-    A layer of rank r has ``2 r d + d`` weights, one of full rank ``d^2 + d``: where
-    the budget allows a rank of d / 2, full rank costs no more and is better.
-
     :param hidden_size: d
-    :param num_layers: layers to be replaced, at most
     :param rank: an integer, or a fraction of ``hidden_size``; or None
-    :param max_parameters: weights of all linear layers together; or None
     :raises ValueError: naming the recipe's field, if there is no such rank
     """
     d = hidden_size
-    if max_parameters is not None:
-        each = max_parameters // num_layers - d
-        if each >= d * d:
-            return None
-        if each < 2 * d:
-            raise ValueError(
-                f"NBLModifier.max_parameters: {num_layers} linear layers of hidden "
-                f"size {d} have at least {num_layers * 3 * d} weights, got "
-                f"{max_parameters}. Allow more, replace fewer, or use method: drop."
-            )
-        return each // (2 * d)
     if rank is None:
         return None
     if isinstance(rank, int):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from llmcompressor.modifiers import Modifier
 from loguru import logger
 from pydantic import (
     BaseModel,
@@ -19,6 +20,8 @@ from pydantic import (
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.criteria import CRITERIA, TRIED
 
+from .distill import Distill
+from .old_names import translate
 from .rules import check_options, check_pattern, refuse_boolean, why_idle
 
 __all__ = ["Options"]
@@ -34,7 +37,7 @@ _PRESETS: dict[str | None, dict[str, Any]] = {
     "best": {
         "criterion": "kl_angle",
         "selection": "greedy",
-        "distill_epochs": 4,
+        "distill": Distill(epochs=4),
         "input": "normalized",
     },
 }
@@ -74,25 +77,23 @@ class Options(BaseModel):
         replacement, on the partly linear model (``greedy``)
     :param refit: fit the chosen layers again, in order of depth, to lead from the
         linearized model's residual stream to the original one's
-    :param distill_epochs: after all fits, train the maps and the gains of the norms,
-        and nothing else, at most so often over the calibration windows, until the model
-        predicts as the original one did; 0 leaves both as they are
-    :param distill_rate: learning rate of that: by how much one step may change an
-        output of a map at most, over its standard deviation; dimensionless. Found on
-        held-out windows if not given
+    :param distill: after all fits, train the maps and the gains of the norms, and
+        nothing else, until the model predicts as the original one did: at most
+        ``epochs`` times over the calibration windows (0 leaves both as they are), with
+        the learning ``rate``, by how much one step may change an output of a map at
+        most, over its standard deviation; dimensionless, found on held-out windows if
+        not given. A step is taken on ``windows_per_step`` windows, a multiple of the
+        number of processes, one of each if not given
     :param kind: what is replaced: ``attention``, or the whole transformer ``block``,
         its MLP and norms included
-    :param method: by what: a ``linear`` map, or nothing (``drop``). Without a block the
-        model is one layer shorter: if no layer is linear, the checkpoint is one of the
-        base model's class, which needs nothing of this package
-    :param estimator: where the linear map comes from: ``lmmse``, fitted to the
-        calibration data, or ``wo_wv``, the product of attention's own output and value
-        projections (Puzzle's initialisation, arXiv:2411.19146), with
-        ``input: normalized``; data then only ranks the layers
+    :param method: by what: a ``linear`` map, fitted to the calibration data; the linear
+        map ``wo_wv``, the product of attention's own output and value projections
+        (Puzzle's initialisation, arXiv:2411.19146), with ``input: normalized``, where
+        data only ranks the layers; or nothing (``drop``). Without a block the model is
+        one layer shorter: if no layer is linear, the checkpoint is one of the base
+        model's class, which needs nothing of this package
     :param rank: rank of the linear maps, each two thin layers then (reduced-rank
         regression): an integer, or a fraction of the hidden size; full if not given
-    :param max_parameters: weights that all linear maps together may have, instead of
-        ``rank``
     :param input: what the linear layer reads: the ``residual`` stream (the paper's; the
         input norm is folded into the map and removed) or the output of the input norm
         (``normalized``). No matter where nothing is put in place
@@ -100,13 +101,12 @@ class Options(BaseModel):
         see docs/selection.md, for fields that are not given and have a meaning here
     :param dampening_frac: added to the diagonal of C_xx, as a fraction of its mean;
         dimensionless, >= 0. A singular C_xx is dampened further, which is reported
-    :param canonical_correlations: whether the report holds quantiles of each layer's
-        canonical correlations, which takes an SVD per layer
-    :param save_statistics: folder for the statistics of every layer, about
-        ``32 d^2`` bytes each (56 with the input norm's output); a calibration that
-        was interrupted goes on at the layer where it stopped
-    :param statistics: folder that such a run wrote, to be used instead of calibrating:
-        any other budget, criterion or dampening in the time it takes to solve
+    :param statistics: folder for the statistics of every layer, about ``32 d^2`` bytes
+        each (56 with the input norm's output). Those that are there are used, after a
+        check that they are of this model and data; missing ones are measured and added,
+        so that a calibration that was interrupted goes on at the layer where it
+        stopped. Without calibration data all must be there: any other budget, criterion
+        or dampening in the time it takes to solve
     """
 
     num_layers: int | None = Field(default=None, ge=1)
@@ -122,21 +122,31 @@ class Options(BaseModel):
     criterion: CriterionName = "cca_bound"
     selection: Literal["one_shot", "greedy"] = "one_shot"
     refit: bool = False
-    distill_epochs: int = Field(default=0, ge=0)
-    distill_rate: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    distill: Distill = Distill()
     kind: Literal["attention", "block"] = "attention"
-    method: Literal["linear", "drop"] = "linear"
-    estimator: Literal["lmmse", "wo_wv"] = "lmmse"
+    method: Literal["linear", "wo_wv", "drop"] = "linear"
     rank: StrictInt | StrictFloat | None = None
-    max_parameters: int | None = Field(default=None, ge=1)
     input: Literal["residual", "normalized"] = "residual"
     preset: Literal["best"] | None = None
     dampening_frac: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    canonical_correlations: bool = False
-    save_statistics: str | None = None
     statistics: str | None = None
 
     _filled_in: set[str] = PrivateAttr(default_factory=set)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, fields: Any) -> Any:
+        own = [name for name in cls.model_fields if name not in Modifier.model_fields]
+        fields = translate(cls.__name__, fields, own)
+        # start, end, update and index are of training schedules, the rest is of the
+        # lifecycle; llm-compressor gives the group.
+        unknown = sorted(map(str, set(fields) - {*own, "group"}))
+        if unknown:
+            raise ValueError(
+                f"{cls.__name__} has no field {', '.join(unknown)}. Its fields: "
+                f"{', '.join(own)}."
+            )
+        return fields
 
     @field_validator("*", mode="before")
     @classmethod
@@ -174,7 +184,7 @@ class Options(BaseModel):
         check_pattern(patterns or [])
         return patterns
 
-    @field_validator("statistics", "save_statistics")
+    @field_validator("statistics")
     @classmethod
     def _check_folder(cls, folder: str | None) -> str | None:
         if folder is not None and (not folder.strip() or "\0" in folder):
@@ -185,6 +195,9 @@ class Options(BaseModel):
     def _fill_in_preset(self) -> Self:
         for name, value in _PRESETS.get(self.preset, {}).items():
             given = name in self.model_fields_set
+            if name == "distill" and "epochs" not in self.distill.model_fields_set:
+                value = self.distill.model_copy(update={"epochs": value.epochs})
+                given = False
             if why_idle(name, value, self._values) is not None:
                 if given and self.layers is not None:
                     self._restore_default(name)
@@ -228,15 +241,6 @@ class Options(BaseModel):
         check_options(self._values, defaults)
         return self
 
-    @model_validator(mode="after")
-    def _check_folders(self) -> Self:
-        if self.statistics is not None and self.save_statistics is not None:
-            raise ValueError(
-                "NBLModifier.statistics says where to read statistics and "
-                "save_statistics where to write them. Give one of the two."
-            )
-        return self
-
     def fit_to(self, architecture: Architecture) -> None:
         """
         Let what a preset filled in be what the family has.
@@ -256,7 +260,7 @@ class Options(BaseModel):
     def runs_again(self) -> bool:
         """Whether the model runs over all calibration windows more than once."""
         greedy = self.selection == "greedy"
-        return greedy or self.refit or self.distill_epochs > 0
+        return greedy or self.refit or self.distill.epochs > 0
 
     @property
     def holds_out(self) -> bool:
@@ -267,4 +271,19 @@ class Options(BaseModel):
     def measures_losses(self) -> bool:
         """Whether the model runs over windows that are not fitted on."""
         limited = self.max_perplexity_increase is not None
-        return self.criterion in TRIED or limited or self.distill_epochs > 0
+        return self.criterion in TRIED or limited or self.distill.epochs > 0
+
+    @property
+    def estimator(self) -> str:
+        """Where linear maps come from, as reports say it: ``lmmse`` or ``wo_wv``."""
+        return "wo_wv" if self.method == "wo_wv" else "lmmse"
+
+    @property
+    def replaced_by(self) -> Literal["linear", "drop"]:
+        """What takes the place of a layer: a linear map wherever from, or nothing."""
+        return "drop" if self.method == "drop" else "linear"
+
+    @property
+    def reports_correlations(self) -> bool:
+        """Whether quantiles of the canonical correlations are asked for."""
+        return False

@@ -4,22 +4,26 @@ What a run is going to do, decided and checked before it calibrates.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from llmcompressor.core import State
 from llmcompressor.entrypoints.oneshot import Oneshot
+from llmcompressor.utils.helpers import calibration_forward_context
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from nbl_modifier.architectures import Architecture
+from nbl_modifier.architectures import Architecture, architecture_of
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.cost import Cost, Progress
-from nbl_modifier.calibration.forward import recomputes
+from nbl_modifier.calibration.forward import PartialForward, recomputes
 from nbl_modifier.calibration.layers import MeasuredLayers
 from nbl_modifier.calibration.leaderboard import Leaderboard
+from nbl_modifier.calibration.passes import Passes
 from nbl_modifier.calibration.phases import Settings
 from nbl_modifier.calibration.progress import cost_of, num_windows
 from nbl_modifier.calibration.solver import LayerSolver
@@ -27,19 +31,23 @@ from nbl_modifier.criteria import TRIED
 from nbl_modifier.hf.checkpoint import check_output_directory
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.hf.modeling_nbl import decoder_layers
+from nbl_modifier.layer_statistics.processes import Ranks
 from nbl_modifier.layer_statistics.sources import Needs, Sources, open_sources
 from nbl_modifier.layer_statistics.store import StatisticsStore
 from nbl_modifier.layer_statistics.windows import CalibrationData
 from nbl_modifier.replacement.candidates import check_model
 from nbl_modifier.search.budget import Budget
-from nbl_modifier.search.distillation import FEW_WINDOWS, RATES
-from nbl_modifier.search.find import SearchOptions
+from nbl_modifier.search.distillation import RATES
+from nbl_modifier.search.find import SearchOptions, find_replacements
+from nbl_modifier.search.outcome import Outcome
+from nbl_modifier.search.schedule import few_windows
 
 from .choices import Earlier, choose_budget, choose_layers, choose_spec
 from .followers import Followers, check_recipe
 from .options import Options
+from .upstream import windows_of
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan", "make_plan", "needs_data"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ class Plan:
             ),
             estimator=options.estimator,
             dampening_frac=options.dampening_frac,
-            correlations=options.canonical_correlations,
+            correlations=options.reports_correlations,
             measure_held_out=options.holds_out,
         )
         return Calibration(
@@ -137,19 +145,62 @@ class Plan:
             progress=progress,
         )
 
-    def search_options(self, options: Options) -> SearchOptions:
+    def search(
+        self,
+        options: Options,
+        state: State,
+        calibration: Calibration,
+        progress: Progress,
+    ) -> Outcome:
         """
-        Return how layers are chosen, and what is done to them afterwards.
+        Return which layers to replace, and by what.
 
         :param options: the recipe's
+        :param state: the session's, with the model
+        :param calibration: of all candidates
+        :param progress: of the run
+        :raises RuntimeError: if a layer was never reached by calibration data
+        :raises ValueError: if no layer fits the budget, or a loss is not finite
         """
+        self._check_seen(calibration)
+        model: PreTrainedModel = state.model
+        data, passes, held_out = self.windows(options), None, frozenset[int]()
+        if data is not None:
+            again = partial(self.calibration, options, model, progress)
+            keep, held_out = len(self.candidates), data.held_out
+            passes = Passes(
+                PartialForward(model, self.architecture, progress),
+                self.architecture,
+                windows_of(state, data),
+                lambda streams: again(keep=keep, streams=streams, log_level="DEBUG"),
+            )
+        # The basic pipeline has left this context by now.
+        with calibration_forward_context(model):
+            return find_replacements(
+                calibration, self._search_options(options), passes, held_out
+            )
+
+    def _check_seen(self, calibration: Calibration) -> None:
+        """Refuse to go on without a measurement of each layer."""
+        measured = calibration.measured
+        unseen = [name for i, name in self.candidates.items() if i not in measured]
+        if unseen:
+            raise RuntimeError(
+                f"{unseen[0]}: no activations were seen ({len(unseen)} such layers). "
+                "Attention must run as a module: set sequential_targets to the decoder "
+                "layer class, or leave it unset."
+            )
+
+    def _search_options(self, options: Options) -> SearchOptions:
+        """Return how layers are chosen, and what is done to them afterwards."""
         return SearchOptions(
             criterion=options.criterion,
             budget=self.budget,
             greedy=options.selection == "greedy",
             refit=options.refit,
-            distill_epochs=options.distill_epochs,
-            distill_rate=options.distill_rate,
+            epochs=options.distill.epochs,
+            rate=options.distill.rate,
+            per_step=options.distill.windows_per_step,
         )
 
 
@@ -199,6 +250,30 @@ def make_plan(
     )
 
 
+def needs_data(options: Options, config: PretrainedConfig) -> bool:
+    """
+    Return whether a run needs calibration data, before its model is loaded.
+
+    :param options: the recipe's
+    :param config: the model's, of a family that is supported
+    :return: False if statistics of all layers that may be replaced are there, and the
+        model is not to run over the data again
+    :raises ValueError: if the statistics are damaged, or the model has not the layers
+        that the recipe names
+    """
+    folder = options.statistics
+    if folder is None or options.runs_again:
+        return True
+    folder = os.path.expanduser(folder)  # noqa: PTH111  as open_sources
+    if not StatisticsStore.is_in(folder):
+        return True
+    store = StatisticsStore.open(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers = choose_layers(options, model, architecture_of(config.model_type))
+    return not all(index in store for index in layers)
+
+
 def _open_sources(
     options: Options,
     state: State,
@@ -219,13 +294,11 @@ def _open_sources(
             state.data.calib,
             candidates,
             needs,
-            statistics=options.statistics,
-            save_statistics=options.save_statistics,
+            folder=options.statistics,
         )
     except OSError as err:
-        name = "save_statistics" if options.statistics is None else "statistics"
         raise OSError(
-            f"NBLModifier.{name}: {getattr(options, name)!r} cannot be used as a "
+            f"NBLModifier.statistics: {options.statistics!r} cannot be used as a "
             f"folder ({err.strerror or err}). Choose another one."
         ) from err
 
@@ -242,6 +315,7 @@ def _cost(
     """Return what the run is going to cost."""
     layers, data = decoder_layers(model, architecture), sources.data
     longest = max((b["input_ids"].shape[-1] for b in data.batches), default=0)
+    per_step, ranks = options.distill.windows_per_step, Ranks()
     settings = Settings(
         num_layers=len(layers),
         windows=num_windows(data),
@@ -252,9 +326,9 @@ def _cost(
         limited=options.max_perplexity_increase is not None,
         greedy=options.selection == "greedy",
         refit=options.refit,
-        epochs=options.distill_epochs,
-        rates=0 if options.distill_rate is not None else len(RATES),
-        few=FEW_WINDOWS,
+        epochs=options.distill.epochs,
+        rates=0 if options.distill.rate is not None else len(RATES),
+        few=few_windows(per_step, ranks),
         recomputes=recomputes(model, longest),
         measures=not sources.complete,
     )

@@ -20,11 +20,10 @@ _OF_REPLACING = (
     "kv_cache_reduction",
     "max_nmse",
     "max_perplexity_increase",
-    "max_parameters",
     "preset",
     "selection",
     "refit",
-    "distill_epochs",
+    "distill",
 )
 
 
@@ -33,7 +32,12 @@ class RankingModifier(MeasuringModifier):
     Measures and ranks the layers as :class:`NBLModifier` does, and replaces none.
 
     The model is left as it is, and nothing is saved but, on request, the statistics.
+
+    :param canonical_correlations: whether the ranking holds quantiles of each layer's
+        canonical correlations, which takes an SVD per layer
     """
+
+    canonical_correlations: bool = False
 
     _ranking: NBLReport | None = PrivateAttr(default=None)
 
@@ -63,6 +67,11 @@ class RankingModifier(MeasuringModifier):
     def ranks_only(self) -> bool:
         """Whether no layer is to be replaced."""
         return True
+
+    @property
+    def reports_correlations(self) -> bool:
+        """Whether quantiles of the canonical correlations are asked for."""
+        return self.canonical_correlations
 
     def _conclude(self, state: State, outcome: Outcome, report: NBLReport) -> None:  # noqa: ARG002
         """Keep the ranking, and have nothing to finalize."""

@@ -49,8 +49,7 @@ _IDLE = (
     _Idle(
         "method: drop",
         lambda values: values["method"] == "drop",
-        ("rank", "max_parameters", "refit", "distill_epochs", "distill_rate")
-        + ("estimator", "input", "dampening_frac"),
+        ("rank", "refit", "distill", "input", "dampening_frac"),
         "puts nothing in place of a layer",
         "use method: linear",
     ),
@@ -62,11 +61,11 @@ _IDLE = (
         "use kind: attention",
     ),
     _Idle(
-        "estimator: wo_wv",
-        lambda values: values["estimator"] == "wo_wv",
+        "method: wo_wv",
+        lambda values: values["method"] == "wo_wv",
         ("refit", "dampening_frac"),
         "takes the map from attention's own weights",
-        "use estimator: lmmse",
+        "use method: linear",
     ),
     _Idle(
         "layers",
@@ -83,16 +82,7 @@ _IDLE = (
         "give num_layers instead of layers",
         only=TRIED,
     ),
-    _Idle(
-        "distill_epochs: 0",
-        lambda values: not values["distill_epochs"],
-        ("distill_rate",),
-        "trains nothing",
-        "give distill_epochs",
-    ),
 )
-# Saved recipes hold the defaults of the version that saved them, and replay.
-_EARLIER_DEFAULTS: dict[str, tuple[Any, ...]] = {"distill_rate": (0.4,)}
 
 
 def why_idle(name: str, value: Any, values: Values) -> str | None:
@@ -128,22 +118,24 @@ def check_options(values: Values, defaults: Values) -> None:
     :param defaults: theirs
     :raises ValueError: naming the fields
     """
-    if values["rank"] is not None and values["max_parameters"] is not None:
-        raise ValueError(
-            "NBLModifier.rank and max_parameters both say which rank the linear layers "
-            "have. Give one of the two."
-        )
     for name, value in values.items():
-        given = value != defaults[name] and value not in _EARLIER_DEFAULTS.get(name, ())
-        idle = why_idle(name, value, values) if given else None
+        idle = why_idle(name, value, values) if value != defaults[name] else None
         if idle is not None:
             raise ValueError(idle)
-    kind, reads = values["kind"], values["input"]
-    if values["estimator"] == "wo_wv" and (kind == "block" or reads != "normalized"):
+    distill = values["distill"]
+    others = {k: v for k, v in distill.model_dump().items() if k != "epochs"}
+    if not distill.epochs and others:
+        (name, value), *_ = others.items()
         raise ValueError(
-            "NBLModifier.estimator: wo_wv is a map of the input norm's output, from "
+            f"NBLModifier.distill: without epochs nothing is trained, so {name} has no "
+            f"effect, got {name}: {value}. Remove it, or give epochs."
+        )
+    kind, reads = values["kind"], values["input"]
+    if values["method"] == "wo_wv" and (kind == "block" or reads != "normalized"):
+        raise ValueError(
+            "NBLModifier.method: wo_wv is a map of the input norm's output, from "
             "attention's own weights. It needs kind: attention and input: normalized, "
-            f"got kind: {kind}, input: {reads}. Give these, or use estimator: lmmse."
+            f"got kind: {kind}, input: {reads}. Give these, or use method: linear."
         )
 
 

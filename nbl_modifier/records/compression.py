@@ -12,6 +12,7 @@ from .record import CHECKED, Record
 
 FORMAT_VERSION = 2
 REPORT_FILE_NAME = "nbl_report.json"
+RANKING_FILE_NAME = "nbl_ranking.json"
 
 
 @dataclass(frozen=True, config=CHECKED)

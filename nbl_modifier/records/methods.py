@@ -55,8 +55,8 @@ class MethodRow:
     :param kv_cache: bytes per token over the base model's
     :param texts: perplexity by name of the text
     :param tasks: accuracy by task
-    :param average: mean accuracy, errors pooled over tasks; None until all tasks are
-        there
+    :param average: mean accuracy over the tasks that were measured of any model, errors
+        pooled over them; None until all of these are there
     :param over_base: the average minus the base model's, documents compared in pairs
     :param over_reference: the average minus the reference method's at the same number
         of layers, documents compared in pairs

@@ -107,6 +107,6 @@ def check_weights_map(
         else f"has {', '.join(sorted(projections))}, not v_proj and o_proj"
     )
     raise NotImplementedError(
-        f"{name}: estimator 'wo_wv' multiplies the value and output projections, but "
-        f"{architecture.causal_lm} {reason}. Use estimator: lmmse."
+        f"{name}: method 'wo_wv' multiplies the value and output projections, but "
+        f"{architecture.causal_lm} {reason}. Use method: linear."
     )

@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
+from nbl_modifier.records.compression import (
+    RANKING_FILE_NAME,
+    REPORT_FILE_NAME,
+    NBLReport,
+)
 from nbl_modifier.records.evaluation import EVALUATION_FILE_NAME
 from nbl_modifier.records.measurements import (
     MEASUREMENTS_FILE_NAME,
@@ -30,13 +34,18 @@ _MEASUREMENT_READERS = {
     EVALUATION_FILE_NAME: evaluation_measurements,
     SPEED_FILE_NAME: benchmark_measurements,
 }
-_FILE_NAMES = (REPORT_FILE_NAME, METHODS_FILE_NAME, *_MEASUREMENT_READERS)
+_FILE_NAMES = (
+    REPORT_FILE_NAME,
+    METHODS_FILE_NAME,
+    *_MEASUREMENT_READERS,
+    RANKING_FILE_NAME,
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """
-    One compressed model.
+    One compressed model, or the base model where its layers were ranked only.
 
     :param name: distinct among those of its base model
     :param directory: where it lies
@@ -61,6 +70,7 @@ class ModelGroup:
     :param models: what was measured, by model name, the base model first; models
         without a report are among them
     :param methods: tables of compression methods on this base model
+    :param rankings: of its layers, by ``nbl rank``
     """
 
     name: str
@@ -68,6 +78,7 @@ class ModelGroup:
     checkpoints: list[Checkpoint]
     models: dict[str, dict[str, Metric]]
     methods: list[MethodsTable]
+    rankings: list[Checkpoint]
 
 
 def collect(paths: Sequence[Path]) -> list[ModelGroup]:
@@ -85,7 +96,8 @@ def collect(paths: Sequence[Path]) -> list[ModelGroup]:
         older than the checkpoint it is about
     """
     files = {file.resolve(): file for path in paths for file in _files(path)}
-    reports = _reports(files.values())
+    reports = _reports(files.values(), REPORT_FILE_NAME)
+    rankings = _reports(files.values(), RANKING_FILE_NAME)
     tables = [
         MethodsTable.load(file)
         for file in files.values()
@@ -99,6 +111,7 @@ def collect(paths: Sequence[Path]) -> list[ModelGroup]:
     names = [report.model for report in reversed(reports.values())]
     names += [each.baseline or each.model for each in measurements]
     names += [table.model for table in tables]
+    names += [ranking.model for ranking in rankings.values()]
     # by identity of the base model, as it is called first
     bases = {_identity(name): name for name in reversed(names)}
     return [
@@ -109,18 +122,15 @@ def collect(paths: Sequence[Path]) -> list[ModelGroup]:
             reports,
             metrics,
             [table for table in tables if _identity(table.model) == key],
+            rankings,
         )
         for key in sorted(bases)
     ]
 
 
-def _reports(files: Iterable[Path]) -> dict[Path, NBLReport]:
+def _reports(files: Iterable[Path], name: str) -> dict[Path, NBLReport]:
     """Return the reports by directory, those of few replaced layers first."""
-    reports = {
-        file.parent: NBLReport.load(file)
-        for file in files
-        if file.name == REPORT_FILE_NAME
-    }
+    reports = {file.parent: NBLReport.load(file) for file in files if file.name == name}
     order = sorted(reports, key=lambda path: (reports[path].num_replaced, str(path)))
     return {directory: reports[directory] for directory in order}
 
@@ -174,6 +184,7 @@ def _group(
     reports: dict[Path, NBLReport],
     metrics: dict[str, dict[str, Metric]],
     methods: list[MethodsTable],
+    rankings: dict[Path, NBLReport],
 ) -> ModelGroup:
     names = _distinct_names([key, *members])
     checkpoints = [
@@ -189,6 +200,11 @@ def _group(
         checkpoints=checkpoints,
         models={names[each]: metrics.get(each, {}) for each in [key, *members]},
         methods=methods,
+        rankings=[
+            Checkpoint(f"ranking in {directory.name}", directory, report, None)
+            for directory, report in rankings.items()
+            if _identity(report.model) == key
+        ],
     )
 
 

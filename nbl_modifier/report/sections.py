@@ -8,7 +8,7 @@ something was left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from nbl_modifier.criteria import CRITERIA
 from nbl_modifier.records.compression import NBLReport
@@ -26,8 +26,8 @@ from .tables import layers_table
 __all__ = ["group_sections"]
 
 _NO_CORRELATIONS = (
-    "Not stored in this report: they cost many times what the ranking does. "
-    "`NBLModifier: {canonical_correlations: true}` in the recipe stores them."
+    "Not measured: they cost many times what the ranking does. `nbl rank "
+    "--canonical-correlations` writes them, into a folder to name here, too."
 )
 
 
@@ -45,10 +45,12 @@ def group_sections(group: ModelGroup) -> list[Section]:
         "Speed": speed(group),
         "KV-cache size": kv_cache_section(group),
         "Checkpoints": _checkpoints(group),
-        "Ranking": _per_checkpoint(group, _ranking),
-        "Layers chosen by each criterion": _per_checkpoint(group, _criteria),
-        "Canonical correlations": _per_checkpoint(group, _correlations),
-        "How it was made": _per_checkpoint(group, _provenance),
+        "Ranking": _per_checkpoint(group.checkpoints, _ranking),
+        "Layers chosen by each criterion": _per_checkpoint(
+            group.checkpoints, _criteria
+        ),
+        "Canonical correlations": _per_checkpoint(_correlated(group), _correlations),
+        "How it was made": _per_checkpoint(group.checkpoints, _provenance),
     }
     return [Section(title, list(items)) for title, items in sections.items()]
 
@@ -92,17 +94,17 @@ def _method(report: NBLReport) -> str:
 
 
 def _per_checkpoint(
-    group: ModelGroup, section: Callable[[Checkpoint], Iterator[Item]]
+    checkpoints: Sequence[Checkpoint], section: Callable[[Checkpoint], Iterator[Item]]
 ) -> Iterator[Item]:
     """
     Yield a section's items for each checkpoint, introduced by its name.
 
     Checkpoints of one calibration, quantized in several ways, say the same.
     """
-    if not group.checkpoints:
+    if not checkpoints:
         yield Text("No report to take this from.", is_absence=True)
     said: dict[str, list[Item]] = {}
-    for checkpoint in group.checkpoints:
+    for checkpoint in checkpoints:
         items = list(section(checkpoint))
         words: list[Item] = [item for item in items if not isinstance(item, FigureItem)]
         same = next((name for name, other in said.items() if other == words), None)
@@ -110,7 +112,7 @@ def _per_checkpoint(
         if same is not None:
             yield Text(f"{code(checkpoint.name)}: the same as {code(same)}.")
             continue
-        if len(group.checkpoints) > 1:
+        if len(checkpoints) > 1:
             yield Text(f"{code(checkpoint.name)}:")
         yield from items
 
@@ -155,6 +157,16 @@ def _criteria(checkpoint: Checkpoint) -> Iterator[Item]:
     )
     if len(report.layers) == len(replaced):
         yield Text("Only the replaced layers were measured, so every order has them.")
+
+
+def _correlated(group: ModelGroup) -> list[Checkpoint]:
+    """Return what has correlations, or all checkpoints, to say why they have none."""
+    found = [
+        each
+        for each in (*group.rankings, *group.checkpoints)
+        if any(layer.canonical_correlations for layer in each.report.layers)
+    ]
+    return found or group.checkpoints
 
 
 def _correlations(checkpoint: Checkpoint) -> Iterator[Item]:

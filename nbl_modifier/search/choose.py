@@ -10,8 +10,8 @@ from nbl_modifier.replacement.surgery import Replacement
 
 from .budget import Budget
 from .outcome import Outcome
-from .path import Path, Step
 from .trials import Trials
+from .walk import Step, Walk
 
 __all__ = ["choose"]
 
@@ -33,42 +33,42 @@ def choose(
     :param passes: to rank again after each replacement; None: rank once
     :raises ValueError: if no layer fits the budget, or a loss is not finite
     """
-    path = Path(calibration, criterion, budget, trials)
+    walk = Walk(calibration, criterion, budget, trials)
     if passes is None:
-        return _one_shot(path)
-    return _lazily_greedy(path) if path.criterion.tried else _greedy(path, passes)
+        return _one_shot(walk)
+    return _lazily_greedy(walk) if walk.criterion.tried else _greedy(walk, passes)
 
 
-def _one_shot(path: Path) -> Outcome:
+def _one_shot(walk: Walk) -> Outcome:
     """Rank once: NBL, arXiv:2505.21077, Algorithm 1."""
-    calibration = path.calibration
-    trials = path.try_alone(calibration.replacements)
-    scores = path.scores(calibration, trials, path.base)
+    calibration = walk.calibration
+    trials = walk.try_alone(calibration.replacements)
+    scores = walk.scores(calibration, trials, walk.base)
     order = sorted(scores, key=lambda index: (scores[index], index))
-    unfit = path.unfit(calibration)
+    unfit = walk.unfit(calibration)
     chosen: set[int] = set()
 
     def steps() -> Iterator[Step]:
         for index in order:
-            if index in unfit or index in path.budget.spent(chosen):
+            if index in unfit or index in walk.budget.spent(chosen):
                 continue
             yield Step(index, calibration.replacements[index])
-            if index not in path.broken:
+            if index not in walk.broken:
                 chosen.add(index)
 
-    taken, binding = path.walk(steps())
-    unfit = path.budget.spent(chosen) | unfit | path.broken
-    return path.outcome(order, scores, taken, binding, unfit, trials)
+    taken, binding = walk.take(steps())
+    unfit = walk.budget.spent(chosen) | unfit | walk.broken
+    return walk.outcome(order, scores, taken, binding, unfit, trials)
 
 
-def _greedy(path: Path, passes: Passes) -> Outcome:
+def _greedy(walk: Walk, passes: Passes) -> Outcome:
     """
     Rank again after each replacement, on the partly linear model: paper's F.4.
 
     :param passes: measure the candidates that are left
     """
-    calibration = path.calibration
-    scores = path.scores(calibration, {}, path.base)
+    calibration = walk.calibration
+    scores = walk.scores(calibration, {}, walk.base)
     chosen: dict[int, Replacement] = {}
     unfit: dict[int, str] = {}
 
@@ -77,25 +77,25 @@ def _greedy(path: Path, passes: Passes) -> Outcome:
         while True:
             left = scores.keys() - chosen
             unfit.clear()
-            unfit.update(path.budget.spent(chosen) | path.unfit(now))
+            unfit.update(walk.budget.spent(chosen) | walk.unfit(now))
             if left <= unfit.keys():
                 return
             best = min(left - unfit.keys(), key=lambda i: (scores[i], i))
             yield Step(best, now.replacements[best])
-            if best in path.broken:
+            if best in walk.broken:
                 continue
             chosen[best] = now.replacements[best]
             with passes.replaced(chosen):
                 now = passes.estimate(left - {best})
-            scores.update(path.scores(now, {}, None))
+            scores.update(walk.scores(now, {}, None))
 
-    taken, binding = path.walk(steps())
+    taken, binding = walk.take(steps())
     order = [step.index for step in taken]
     order += sorted(scores.keys() - order, key=lambda i: (scores[i], i))
-    return path.outcome(order, scores, taken, binding, unfit, {})
+    return walk.outcome(order, scores, taken, binding, unfit, {})
 
 
-def _lazily_greedy(path: Path) -> Outcome:
+def _lazily_greedy(walk: Walk) -> Outcome:
     """
     Try again after each replacement, but only what may be the best.
 
@@ -104,35 +104,35 @@ def _lazily_greedy(path: Path) -> Outcome:
     greedy algorithms"). The maps stay as they were fitted to the original model:
     what they get wrong in the linearized one, distillation sets right.
     """
-    calibration = path.calibration
-    first = path.try_alone(calibration.replacements)
-    scores = path.scores(calibration, first, path.base)
-    unfit = path.unfit(calibration)
+    calibration = walk.calibration
+    first = walk.try_alone(calibration.replacements)
+    scores = walk.scores(calibration, first, walk.base)
+    unfit = walk.unfit(calibration)
     chosen: dict[int, Replacement] = {}
 
     def steps() -> Iterator[Step]:
-        trials, now = dict(first), path.base
+        trials, now = dict(first), walk.base
         fresh = set(trials)
 
         def left() -> set[int]:
-            gone = unfit | path.broken | path.budget.spent(chosen)
+            gone = unfit | walk.broken | walk.budget.spent(chosen)
             return scores.keys() - chosen - gone.keys()
 
         while left():
             best = min(left(), key=lambda i: (scores[i], i))
             if best not in fresh:
                 candidate = {best: calibration.replacements[best]}
-                trials |= path.try_alone(candidate, chosen)
+                trials |= walk.try_alone(candidate, chosen)
                 fresh.add(best)
-                scores.update(path.scores(calibration, {best: trials[best]}, now))
+                scores.update(walk.scores(calibration, {best: trials[best]}, now))
                 continue
             yield Step(best, calibration.replacements[best], trials[best].loss)
-            if best not in path.broken:
+            if best not in walk.broken:
                 chosen[best], now = calibration.replacements[best], trials[best]
                 fresh.clear()
 
-    taken, binding = path.walk(steps())
+    taken, binding = walk.take(steps())
     order = [step.index for step in taken]
     order += sorted(scores.keys() - order, key=lambda i: (scores[i], i))
-    unfit |= path.broken
-    return path.outcome(order, scores, taken, binding, unfit, first)
+    unfit |= walk.broken
+    return walk.outcome(order, scores, taken, binding, unfit, first)

@@ -7,6 +7,9 @@ of the next-token distributions (Hinton et al. 2015, arXiv:1503.02531), on the s
 calibration windows, without labels. The fitted maps are where it starts, and an epoch
 that does not help on held-out windows is not kept.
 
+A step is taken on one window, or on one of each process: these have the same maps, and
+add up their gradients.
+
 With the maps, the gains of the layers' norms are trained, a few thousand numbers: they
 let the layers that are kept weigh anew what the maps cannot tell them.
 """
@@ -17,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 from compressed_tensors.offload import update_offload_parameter
@@ -26,16 +30,18 @@ from torch import Tensor, nn
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.forward import PartialForward, calling
 from nbl_modifier.hf.modeling_nbl import LowRankLinear
+from nbl_modifier.layer_statistics.processes import Ranks
 from nbl_modifier.layer_statistics.windows import Windows
 from nbl_modifier.numerics.products import FastProducts
-from nbl_modifier.replacement.surgery import Replacement, replaced
+from nbl_modifier.replacement.surgery import Replacement, execution_device, replaced
 
 from .muon import Muon
 from .outcome import Outcome, finite
+from .schedule import Schedule
 from .trained import ChannelSums, Inputs, TrainedGain, TrainedMap, trained_maps, using
 from .trials import OriginalLogits, Trial, Trials, divergence, target_tokens
 
-__all__ = ["FEW_WINDOWS", "RATES", "Distillation", "distill"]
+__all__ = ["RATES", "Distillation", "distill"]
 
 # An epoch that brings the model nearer by less than this part is the last.
 _LEAST_GAIN = 0.01
@@ -44,9 +50,9 @@ _LEAST_GAIN = 0.01
 _LOWERED = 1 / 3
 # Of the gain of the best rate tried, what a lower one must have to be taken instead.
 _ENOUGH = 0.75
-#: Learning rates that are tried where none is given, each on so many windows; as many
-#: give the spread of what the maps read.
-RATES, FEW_WINDOWS = (0.03, 0.1, 0.3), 12
+#: Learning rates that are tried where none is given, each in a few steps; as many give
+#: the spread of what the maps read.
+RATES = (0.03, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,11 @@ class Distillation:
 
     :param forward: the model
     :param architecture: its family
-    :param windows: to train on
+    :param windows: to train on, of this process
     :param trials: on windows that are neither trained nor fitted on
+    :param per_step: as of :class:`Schedule`. One process that takes two windows a step
+        finds what two find that take one each, up to the order of summation
+    :raises ValueError: as :class:`Schedule`
     """
 
     def __init__(
@@ -80,14 +89,18 @@ class Distillation:
         architecture: Architecture,
         windows: Windows,
         trials: Trials,
+        per_step: int | None = None,
     ) -> None:
+        self._ranks = Ranks()
         self._forward = forward
         self._architecture = architecture
         self._windows = windows.one_by_one()
         self._trials = trials
+        numbers = range(len(self._windows.batches))
+        self._tokens = [int(self._windows.targets(i).sum()) for i in numbers]
+        self._schedule = Schedule(len(numbers), per_step)
         self._original = OriginalLogits(forward, self._windows)
         self._undone: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._generator = torch.Generator()
 
     def run(
         self, replacements: Mapping[int, Replacement], epochs: int, rate: float | None
@@ -95,10 +108,9 @@ class Distillation:
         """
         Return the trained replacements, and how they do on the held-out windows.
 
-        Muon, one window a step. Steps are in proportion to each map's own spread: the
-        first step moves an output by at most ``rate`` times its standard deviation, on
-        an input as large as inputs are. What sets its size is no gradient, so a few
-        massive tokens do not.
+        Muon. Steps are in proportion to each map's own spread: the first step moves an
+        output by at most ``rate`` times its standard deviation, on an input as large as
+        inputs are. What sets its size is no gradient, so a few massive tokens do not.
 
         The trained gains are put into the model, which is as it was if this fails.
 
@@ -109,8 +121,9 @@ class Distillation:
         """
         layers, architecture = self._forward.layers, self._architecture
         before = self._trials.together(replacements)
-        for number in range(len(self._windows.batches)):
-            self._original.run(number)  # while the gains are the original's
+        with self._ranks.failing_together():
+            for number in range(len(self._windows.batches)):
+                self._original.run(number)  # while the gains are the original's
         with self._frozen(), replaced(layers, architecture, replacements) as undone:
             self._undone = undone
             inputs = self._inputs(replacements)
@@ -134,7 +147,7 @@ class Distillation:
         maps, gains = trained_maps(start, inputs), self._gains(min(start))
         for epoch in range(epochs):
             # Each epoch anneals: what is measured at its end is at rest.
-            self._train(maps, gains, rate, self._shuffled(epoch))
+            self._train(maps, gains, rate, self._schedule.steps(epoch))
             trained = {i: each.replacement() for i, each in maps.items()}
             trial = self._try(trained, gains)
             gained = best.trial.kl - trial.kl
@@ -159,7 +172,7 @@ class Distillation:
             logger.warning(
                 "NBL: distillation brought the model no nearer to the original on "
                 "held-out windows, so the maps stay as they were fitted. Use a lower "
-                "distill_rate than {:g}, or more calibration samples.",
+                "distill: {{rate}} than {:g}, or more calibration samples.",
                 rate / _LOWERED,
             )
         return best
@@ -168,14 +181,14 @@ class Distillation:
         self, replacements: Mapping[int, Replacement], inputs: Inputs, before: float
     ) -> float:
         """Return a rate for all windows, by what brings the model near in a few."""
-        numbers = self._shuffled(0)[:FEW_WINDOWS]
+        steps = self._schedule.few()
         found = dict[float, float]()
         for rate in RATES:
             maps, gains = (
                 trained_maps(replacements, inputs),
                 self._gains(min(replacements)),
             )
-            self._train(maps, gains, rate, numbers)
+            self._train(maps, gains, rate, steps)
             trained = {i: each.replacement() for i, each in maps.items()}
             trial = self._try(trained, gains)
             found[rate] = trial.kl if math.isfinite(trial.kl) else math.inf
@@ -184,14 +197,15 @@ class Distillation:
         best = min((rate for rate in RATES if gained[rate] >= enough), default=RATES[0])
         # A few windows bear a higher rate than many do: steps in random directions add
         # up like the root of their number.
-        best *= math.sqrt(len(numbers) / len(self._windows.batches))
+        best *= math.sqrt(len(steps) / self._schedule.num_steps)
         best = float(f"{best:.2g}")  # what is logged is what it takes to do it again
         logger.info(
-            "NBL: distill_rate {:g} for {} windows, by the divergences after {} "
-            "({}; {:.5f} before)",
+            "NBL: distill: {{rate: {:g}}} for {} steps on {} windows, by the "
+            "divergences after {} steps ({}; {:.5f} before)",
             best,
-            len(self._windows.batches),
-            len(numbers),
+            self._schedule.num_steps,
+            self._schedule.num_windows,
+            len(steps),
             ", ".join(f"{rate:g}: {kl:.5f}" for rate, kl in sorted(found.items())),
             before,
         )
@@ -214,52 +228,63 @@ class Distillation:
             and weight.ndim == 1
         ]
 
-    def _shuffled(self, epoch: int) -> list[int]:
-        """Return the numbers of the windows, in the order of an epoch in any run."""
-        self._generator.manual_seed(epoch)
-        count = len(self._windows.batches)
-        return torch.randperm(count, generator=self._generator).tolist()
-
     def _train(
         self,
         maps: Mapping[int, TrainedMap],
         gains: Sequence[TrainedGain],
         rate: float,
-        numbers: Sequence[int],
+        steps: Sequence[Sequence[int]],
     ) -> None:
-        """Take a step on each window, in the order of ``numbers``."""
+        """Take a step after the other, each on the windows of all processes."""
         trained = [each for m in maps.values() for each in m.trained(rate)]
         trained += [gain.trained(rate) for gain in gains]
         dtypes = {each.dtype for each in maps.values()}
         half = dtypes == {torch.bfloat16}
-        optimizer = Muon(
-            trained, len(numbers), torch.bfloat16 if half else torch.float32
-        )
+        dtype = torch.bfloat16 if half else torch.float32
+        optimizer = Muon(trained, len(steps), dtype, self._ranks)
+        mine = [[i for i in step if self._tokens[i] > 0] for step in steps]
+        counts = self._ranks.gather([len(numbers) for numbers in mine])
         with self._running(maps), FastProducts():
-            for number in numbers:
-                targets = target_tokens(self._windows, number)
-                count = sum(len(target.positions) for target in targets)
-                if count > 0:
-                    with self._undone():
-                        original = self._original.of(number)
-                    batch, start = self._windows.batches[number], min(maps)
-                    with torch.enable_grad(), using(gains):
-                        logits = self._forward.differentiable_logits(batch, start)
-                        (divergence(targets, logits, original) / count).backward()
-                optimizer.step()
+            for numbers, *of_each in zip(mine, *counts, strict=True):
+                with self._ranks.failing_together():
+                    for number in numbers:
+                        self._differentiate(number, min(maps), gains, sum(of_each))
+                if sum(of_each) > 0:
+                    optimizer.step()
+                else:
+                    optimizer.skip()
+
+    def _differentiate(
+        self, number: int, start: int, gains: Sequence[TrainedGain], windows: int
+    ) -> None:
+        """
+        Add the gradient of a window's mean divergence, over the windows of the step.
+
+        :param start: the first decoder layer with a map
+        """
+        targets = target_tokens(self._windows, number)
+        with self._undone():
+            original = self._original.of(number)
+        with torch.enable_grad(), using(gains):
+            batch = self._windows.batches[number]
+            logits = self._forward.differentiable_logits(batch, start)
+            mean = divergence(targets, logits, original) / self._tokens[number]
+            (mean / windows).backward()
 
     def _inputs(self, replacements: Mapping[int, Replacement]) -> Inputs:
         """Return mean and spread of what each map reads in the linearized model."""
         sums = {index: ChannelSums() for index in replacements}
-        with ExitStack() as stack:
+        with self._ranks.failing_together(), ExitStack() as stack:
             for index, each in sums.items():
                 hook = self._linear(index).register_forward_pre_hook(each.hook)
                 stack.callback(hook.remove)
-            for number in self._shuffled(0)[:FEW_WINDOWS]:
+            for number in chain.from_iterable(self._schedule.few()):
                 for each in sums.values():
                     each.counted = self._windows.targets(number)
                 batch = self._windows.batches[number]
                 self._forward.hidden_states(batch, max(replacements) + 1)
+        for index, each in sums.items():
+            each.pool(self._ranks, execution_device(self._linear(index)))
         return {index: each.mean_and_spread() for index, each in sums.items()}
 
     def _linear(self, index: int) -> nn.Linear | LowRankLinear:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.passes import Passes
+from nbl_modifier.layer_statistics.processes import Ranks
 
 from .budget import Budget
 from .choose import choose
@@ -27,16 +28,19 @@ class SearchOptions:
     :param budget: when to stop
     :param greedy: whether to rank again after each replacement
     :param refit: whether to fit the chosen ones again
-    :param distill_epochs: how often to go over the windows to train them in the end
-    :param distill_rate: learning rate of that; None: found on held-out windows
+    :param epochs: how often to go over the windows to train them in the end
+    :param rate: learning rate of that; None: found on held-out windows
+    :param per_step: windows of a step of that, in all processes together, a multiple of
+        their number; None: one of each process
     """
 
     criterion: str
     budget: Budget
     greedy: bool = False
     refit: bool = False
-    distill_epochs: int = 0
-    distill_rate: float | None = None
+    epochs: int = 0
+    rate: float | None = None
+    per_step: int | None = None
 
 
 def find_replacements(
@@ -52,9 +56,9 @@ def find_replacements(
 
     :param calibration: what the pass over the model measured
     :param options: what is asked for
-    :param passes: over the calibration windows; None: everything can be told from
-        ``calibration``
-    :param held_out: numbers of the windows to measure losses on
+    :param passes: over the calibration windows of this process; None: everything can
+        be told from ``calibration``
+    :param held_out: numbers of those to measure losses on
     :raises ValueError: if no layer fits the budget, or a loss is not finite
     """
     criterion, budget = options.criterion, options.budget
@@ -64,18 +68,20 @@ def find_replacements(
     architecture = passes.architecture
     forward.start("selection")
     trials = None
-    if held_out:
+    if any(Ranks().gather(bool(held_out))):
         trials = Trials(forward, architecture, windows.select(held_out))
     again = passes if options.greedy else None
     outcome = choose(calibration, criterion, budget, trials, again)
     if options.refit:
         forward.start("refit")
         outcome = refit(outcome, passes, trials)
-    if options.distill_epochs:
+    if options.epochs:
         assert trials is not None
         forward.start("distillation")
         fitted_on = windows.select(set(range(len(windows.batches))) - set(held_out))
-        distillation = Distillation(forward, architecture, fitted_on, trials)
-        epochs, rate = options.distill_epochs, options.distill_rate
+        distillation = Distillation(
+            forward, architecture, fitted_on, trials, options.per_step
+        )
+        epochs, rate = options.epochs, options.rate
         outcome = distill(outcome, distillation, epochs, rate)
     return outcome

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from nbl_modifier.layer_statistics.processes import Ranks
 from nbl_modifier.replacement.surgery import Replacement
 
 from .muon import Trained
@@ -188,6 +189,21 @@ class ChannelSums:
         sums = torch.stack((x.sum(0), x.square().sum(0)))
         self._sums = sums if self._sums is None else self._sums + sums
         self._count += len(x)
+
+    def pool(self, ranks: Ranks, device: torch.device) -> None:
+        """
+        Add the tokens of all processes.
+
+        :param ranks: the processes
+        :param device: where the sums are to be
+        """
+        if ranks.alone:
+            return
+        mine = None if self._sums is None else self._sums.cpu()
+        parts = ranks.gather((self._count, mine))
+        found = [sums for _, sums in parts if sums is not None]
+        self._count = sum(count for count, _ in parts)
+        self._sums = torch.stack(found).sum(0).to(device)
 
     def mean_and_spread(self) -> tuple[Tensor, Tensor]:
         """Return both, ``[d]``, float64."""

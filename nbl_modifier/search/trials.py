@@ -1,9 +1,16 @@
-"""Measured losses: what replacements do to the model on held-out windows."""
+"""
+Measured losses: what replacements do to the model on held-out windows.
+
+With several processes each runs its own windows. All hear what came of each window, in
+the order of their ranks, and add up the same numbers, so they take the same decisions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +20,7 @@ from torch.nn.functional import kl_div, nll_loss
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.forward import PartialForward
 from nbl_modifier.evaluation.perplexity import PerplexityResult, summarize
+from nbl_modifier.layer_statistics.processes import Ranks
 from nbl_modifier.layer_statistics.windows import Windows
 from nbl_modifier.replacement.surgery import Replacement, replaced
 
@@ -81,7 +89,7 @@ class Trials:
 
     :param forward: the model
     :param architecture: its family
-    :param windows: held out of what the replacements were fitted on
+    :param windows: held out of what the replacements were fitted on; of this process
     """
 
     def __init__(
@@ -91,12 +99,15 @@ class Trials:
         self._architecture = architecture
         self._windows = windows
         self._original = OriginalLogits(forward, windows)
+        self._ranks = Ranks()
 
     def original(self) -> Trial:
         """Return how the original model does; nothing must be replaced."""
         sums = _Sums()
-        for number in range(len(self._windows.batches)):
-            sums.add(target_tokens(self._windows, number), self._original.of(number))
+        with self._pooling(sums):
+            for number in range(len(self._windows.batches)):
+                targets = target_tokens(self._windows, number)
+                sums.add(targets, self._original.of(number))
         return sums.trial()
 
     def loss(
@@ -108,12 +119,15 @@ class Trials:
         :param replacements: put in for the trial, by decoder layer index
         """
         sums = _Sums()
-        with replaced(self._forward.layers, self._architecture, replacements or {}):
+        layers = self._forward.layers
+        with (
+            self._pooling(sums),
+            replaced(layers, self._architecture, replacements or {}),
+        ):
             for number, batch in enumerate(self._windows.batches):
-                sums.add(
-                    target_tokens(self._windows, number), self._forward.logits(batch)
-                )
-        return summarize(sums.nll, sums.counts)
+                targets = target_tokens(self._windows, number)
+                sums.add(targets, self._forward.logits(batch))
+        return sums.loss()
 
     def together(self, replacements: Mapping[int, Replacement]) -> Trial:
         """
@@ -123,7 +137,10 @@ class Trials:
         """
         sums = _Sums()
         layers = self._forward.layers
-        with replaced(layers, self._architecture, replacements) as undone:
+        with (
+            self._pooling(sums),
+            replaced(layers, self._architecture, replacements) as undone,
+        ):
             for number, batch in enumerate(self._windows.batches):
                 with undone():
                     original = self._original.of(number)
@@ -144,21 +161,42 @@ class Trials:
         :param candidates: by decoder layer index
         :param given: put in for all of them, by decoder layer index
         """
-        layers, architecture = self._forward.layers, self._architecture
         sums = {index: _Sums() for index in sorted(candidates)}
-        for number, batch in enumerate(self._windows.batches):
-            targets = target_tokens(self._windows, number)
-            original = self._original.of(number)
-            stream, start = None, 0
-            with replaced(layers, architecture, given or {}):
-                for index, sum_ in sums.items():
-                    stream = self._forward.hidden_states(batch, index, stream, start)
-                    start = index
-                    trial = {index: candidates[index]}
-                    with replaced(layers, architecture, trial):
-                        logits = self._forward.logits(batch, stream, start)
-                    sum_.add(targets, logits, original)
+        with self._pooling(*sums.values()):
+            for number in range(len(self._windows.batches)):
+                self._try_on(number, sums, candidates, given or {})
         return {index: sum_.trial() for index, sum_ in sums.items()}
+
+    def _try_on(
+        self,
+        number: int,
+        sums: Mapping[int, _Sums],
+        candidates: Mapping[int, Replacement],
+        given: Mapping[int, Replacement],
+    ) -> None:
+        """Try candidates alone on one batch, and add what comes of each to its sums."""
+        layers, architecture = self._forward.layers, self._architecture
+        batch = self._windows.batches[number]
+        targets = target_tokens(self._windows, number)
+        original = self._original.of(number)
+        stream, start = None, 0
+        with replaced(layers, architecture, given):
+            for index, sum_ in sums.items():
+                stream = self._forward.hidden_states(batch, index, stream, start)
+                start = index
+                trial = {index: candidates[index]}
+                with replaced(layers, architecture, trial):
+                    logits = self._forward.logits(batch, stream, start)
+                sum_.add(targets, logits, original)
+
+    @contextmanager
+    def _pooling(self, *sums: _Sums) -> Iterator[None]:
+        """Add this process's windows inside; after it the sums have those of all."""
+        with self._ranks.failing_together():
+            yield
+        found = self._ranks.gather(sums)
+        for mine, *parts in zip(sums, *found, strict=True):
+            mine.join(parts)
 
 
 @dataclass(frozen=True)
@@ -232,20 +270,20 @@ class _Divergence(torch.autograd.Function):
         return gradient * grads[0].to(gradient.dtype), None
 
 
+@dataclass
 class _Sums:
-    """Sums over windows."""
+    """Sums over the tokens of each window."""
 
-    def __init__(self) -> None:
-        self.nll: list[float] = []
-        self.counts: list[int] = []
-        self._kl = 0.0
+    nll: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
 
     def add(
         self, targets: Iterable[Target], logits: Tensor, original: Tensor | None = None
     ) -> None:
         """Add a batch; logits are ``[batch, tokens, vocabulary]``."""
         for target in targets:
-            nll = 0.0
+            nll = kl = 0.0
             for positions, tokens in target.chunks():
                 at = positions.to(logits.device)
                 # a part at a time: in float32 all of them would be the peak in memory
@@ -254,15 +292,27 @@ class _Sums:
                 nll += _total(nll_loss(predicted, wanted, reduction="none"))
                 if original is not None:
                     reference = original[target.row, at].float().log_softmax(-1)
-                    self._kl += _total(
+                    kl += _total(
                         kl_div(predicted, reference, reduction="none", log_target=True)
                     )
             self.nll.append(nll)
             self.counts.append(len(target.positions))
+            self.kl.append(kl)
+
+    def join(self, parts: Iterable[_Sums]) -> None:
+        """Become the sums over the windows of all parts, in their order."""
+        parts = list(parts)
+        self.nll = [value for each in parts for value in each.nll]
+        self.counts = [value for each in parts for value in each.counts]
+        self.kl = [value for each in parts for value in each.kl]
+
+    def loss(self) -> PerplexityResult:
+        """Return the mean negative log-likelihood."""
+        return summarize(self.nll, self.counts)
 
     def trial(self) -> Trial:
         """Return the means."""
-        return Trial(summarize(self.nll, self.counts), self._kl / sum(self.counts))
+        return Trial(self.loss(), math.fsum(self.kl) / sum(self.counts))
 
 
 def _total(values: Tensor) -> float:

@@ -17,7 +17,7 @@ from tests.tiny_llama import compress, load, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ALL: dict[str, Any] = {"preset": "best", "distill_epochs": 1}
+ALL: dict[str, Any] = {"preset": "best", "distill": {"epochs": 1}}
 
 
 class Terminal(io.StringIO):
@@ -53,6 +53,15 @@ def test_each_phase_is_logged_once_with_the_time_that_is_left(
     # after the first of four layers
     assert lines[0].startswith("NBL: measuring, 0.2 of ")
     assert any("forward passes in" in line for line in logged)
+
+
+def test_long_phases_are_logged_again(
+    llama: Path, logged: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbl_modifier.calibration.progress.LOG_SECONDS", 0.0)
+    compress(load(llama), [NBLModifier(num_layers=2)], token_rows())
+    lines = [line for line in logged if line.startswith("NBL: measuring, ")]
+    assert len(lines) > 3
 
 
 def test_bars_are_back_after_a_run_that_failed(

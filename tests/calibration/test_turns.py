@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from nbl_modifier.calibration.turns import Turns
-from nbl_modifier.layer_statistics.moments import LayerStatistics
+from nbl_modifier.layer_statistics.moments import HeldoutStatistics, LayerStatistics
 
 WIDTH = 4
 
@@ -20,6 +20,13 @@ WIDTH = 4
 def sums(seed: int = 0) -> LayerStatistics:
     statistics = LayerStatistics("layer", WIDTH, False, torch.device("cpu"))
     rows = torch.randn(1, 6, WIDTH, generator=torch.Generator().manual_seed(seed))
+    statistics.update(rows, rows, rows, None)
+    return statistics
+
+
+def held_out() -> HeldoutStatistics:
+    statistics = HeldoutStatistics("layer", WIDTH, False, torch.device("cpu"))
+    rows = torch.randn(1, 6, WIDTH, generator=torch.Generator().manual_seed(5))
     statistics.update(rows, rows, rows, None)
     return statistics
 
@@ -34,8 +41,9 @@ def test_alone_a_failure_is_raised_at_once() -> None:
 
 def test_alone_a_layer_without_data_is_left_out() -> None:
     turns = Turns()
-    assert not turns.pool(0, "layer", (None, None))
-    assert turns.pool(0, "layer", (sums(), None))
+    assert turns.pool(0, "layer", (None, None)) is None
+    mine = sums()
+    assert turns.pool(0, "layer", (mine, None)) == (mine, None)
 
 
 def _process(rank: int, folder: str) -> None:
@@ -47,9 +55,18 @@ def _process(rank: int, folder: str) -> None:
         assert [turns.is_mine(i) for i in range(4)] == [i % 2 == rank for i in range(4)]
         assert [turns.all_have_one(i) for i in range(4)] == [False, True] * 2
         mine = sums(seed=rank)
-        assert turns.pool(1, "layer", (mine, None))
+        assert turns.pool(1, "layer", (mine, None)) == (mine, None)
         if rank == 1:
             assert mine.num_tokens == 12
+        # what only the other one holds out, or fits on, counts here, too
+        apart = (sums(), None) if rank == 1 else (None, held_out())
+        pooled = turns.pool(1, "layer", apart)
+        assert pooled is not None
+        if rank == 1:
+            fitted, theirs = pooled
+            assert isinstance(theirs, HeldoutStatistics)
+            assert fitted is not None
+            assert (fitted.num_tokens, theirs.finalize().num_tokens) == (6, 6)
         seen: list[int] = []
         hook = turns.guarded(seen.append)
         hook(1)

@@ -164,17 +164,17 @@ def test_given_options_are_known() -> None:
 
 # --- without effect -------------------------------------------------------------------
 
-STATISTICS = ["--statistics", "s"]
+# The recipe has nothing that reads any.
+NO_DATA = ["--heldout", "none"]
 
 
 @pytest.mark.parametrize(
     ("command", "given_", "option", "why"),
     [
-        ("rank", STATISTICS, ["--dataset", "c4"], "stand for the data"),
-        ("rank", STATISTICS, ["--num-samples", "8"], "stand for the data"),
-        ("rank", STATISTICS, ["--batch-size", "8"], "stand for the data"),
-        ("rank", STATISTICS, ["--max-seq-length", "8"], "stand for the data"),
-        ("compress", STATISTICS, ["--num-samples", "8"], "stand for the data"),
+        ("compress", NO_DATA, ["--dataset", "c4"], "no calibration data are needed"),
+        ("compress", NO_DATA, ["--num-samples", "8"], "no calibration data are needed"),
+        ("compress", NO_DATA, ["--batch-size", "8"], "no calibration data are needed"),
+        ("compress", NO_DATA, ["--text-column", "a"], "no calibration data are needed"),
         ("compress", [], ["--split", "train"], "no dataset of the hub"),
         ("compress", [], ["--dataset-config", "en"], "no dataset of the hub"),
         ("compress", [], ["--concatenate-data"], "always packed"),
@@ -198,7 +198,7 @@ def test_hostile_option_about_data_without_effect(
     hostile_input: Callable[[], None],
 ) -> None:
     hostile_input()
-    calibrates = given_ != STATISTICS
+    calibrates = given_ != NO_DATA
     args = parse(*NEEDED[command], *given_, *option)
     assert not isinstance(args, str)
     with pytest.raises(ValueError, match=why) as caught:

@@ -21,7 +21,7 @@ SMALL = ["--num-samples", "32", "--max-seq-length", "128", "--batch-size", "8"]
 def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return what ``nbl rank`` saved: statistics, ranking and plot."""
     folder = tmp_path_factory.mktemp("rank")
-    arguments = ["rank", MODEL, *SMALL, "--save-statistics", str(folder / "statistics")]
+    arguments = ["rank", MODEL, *SMALL, "--statistics", str(folder / "statistics")]
     assert main([*arguments, "--output", str(folder / "ranking")]) == 0
     return folder
 
@@ -79,7 +79,7 @@ def test_other_data_are_refused(
 ) -> None:
     arguments = ["rank", MODEL, *SMALL, "--seed", "1", "--output", str(tmp_path)]
     folder = str(statistics / "statistics")
-    assert main([*arguments, "--save-statistics", folder]) == 2
+    assert main([*arguments, "--statistics", folder]) == 2
     assert "this run's calibration data has" in capsys.readouterr().err
 
 
@@ -92,7 +92,7 @@ def test_a_recipe_without_nbl_has_no_statistics(
         "targets: [Linear]}}}"
     )
     arguments = ["compress", MODEL, "--recipe", str(recipe)]
-    options = ["--output", str(tmp_path / "out"), "--save-statistics", str(tmp_path)]
+    options = ["--output", str(tmp_path / "out"), "--statistics", str(tmp_path)]
     assert main([*arguments, *options]) == 2
     assert "the recipe has no NBLModifier" in capsys.readouterr().err
 
@@ -117,6 +117,19 @@ def test_two_processes_rank_alike(statistics: Path, tmp_path: Path) -> None:
     bounds = {layer.index: layer.cca_bound for layer in theirs.layers}
     for layer in mine.layers:
         assert layer.cca_bound == pytest.approx(bounds[layer.index], rel=1e-2)
+
+
+@pytest.mark.usefixtures("no_data")
+def test_canonical_correlations_are_written_and_drawn(
+    statistics: Path, tmp_path: Path
+) -> None:
+    arguments = ["rank", MODEL, "--statistics", str(statistics / "statistics")]
+    arguments += ["--canonical-correlations", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    assert all(layer.canonical_correlations for layer in ranking(tmp_path).layers)
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "r.html")]) == 0
+    text = (tmp_path / "r.md").read_text(encoding="utf-8")
+    assert "| layer | least ρ |" in text.partition("Canonical correlations")[2]
 
 
 def test_json_is_a_report(statistics: Path) -> None:

@@ -96,7 +96,7 @@ def test_default_is_the_standard_library() -> None:
     tokenizer = load_tokenizer(MODEL)
     args = arguments("--num-samples", "3", "--heldout-samples", "2")
     calibration = calibration_rows(args, tokenizer, 64)
-    heldout = heldout_rows(args, tokenizer, 64)
+    heldout = heldout_rows(args, tokenizer, 64, calibrates=True)
     assert heldout is not None
     assert (len(calibration), len(heldout)) == (3, 2)
     # both start with a document, and a document with BOS
@@ -112,16 +112,22 @@ def test_seed_draws_other_calibration_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
+    ("options", "calibrates", "expected"),
     [
-        ([], True),
-        (["--heldout", "none"], False),
-        (["--dataset", "open_platypus"], False),
-        (["--dataset", "open_platypus", "--heldout", "stdlib"], True),
+        ([], True, True),
+        ([], False, True),
+        (["--heldout", "none"], True, False),
+        (["--dataset", "open_platypus"], True, False),
+        (["--dataset", "open_platypus", "--heldout", "stdlib"], True, True),
+        (["--statistics", "s"], True, True),
+        (["--statistics", "s"], False, False),
+        (["--statistics", "s", "--heldout", "stdlib"], False, True),
     ],
 )
-def test_when_there_is_held_out_text(options: list[str], expected: bool) -> None:
-    rows = heldout_rows(arguments(*options), load_tokenizer(MODEL), 64)
+def test_when_there_is_held_out_text(
+    options: list[str], calibrates: bool, expected: bool
+) -> None:
+    rows = heldout_rows(arguments(*options), load_tokenizer(MODEL), 64, calibrates)
     assert (rows is not None) == expected
 
 

@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM
 from nbl_modifier import NBLModifier
 from nbl_modifier.layer_statistics.moments import LayerStatistics
 from tests.tiny_llama import FOUR_BITS, compress, token_rows
+from tests.work import WindowCounter
 
 
 def sabotage(kind: str | None) -> None:
@@ -77,6 +78,7 @@ def calibrate(path: str) -> None:
     recipe: list[Any] = [NBLModifier(**job["recipe"])]
     if job["quantize"]:
         recipe.append(GPTQModifier(config_groups=FOUR_BITS, ignore=["lm_head"]))
+    counter = WindowCounter(model)
     compress(model, recipe, rows, output_dir=job["output"])
     report = recipe[0].report
     assert report is not None
@@ -85,7 +87,14 @@ def calibrate(path: str) -> None:
         for name, tensor in model.state_dict().items()
         if "self_attn.linear" in name
     }
-    answer = {"report": json.loads(report.to_json()), "maps": maps}
+    progress = recipe[0]._progress
+    answer = {
+        "report": json.loads(report.to_json()),
+        "maps": maps,
+        "windows": counter.windows,
+        "passes": progress.passes,
+        "stated": progress.cost.passes,
+    }
     torch.save(answer, f"{job['output']}.rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from nbl_modifier import NBLModifier
-from nbl_modifier.layer_statistics.sources import Needs, open_sources
 from nbl_modifier.layer_statistics.store import StatisticsStore
 from tests.tiny_llama import compress, linearized, load, token_rows
+from tests.work import WindowCounter
 
 SCRIPT = Path(__file__).with_name("distributed_run.py")
 ROOT = Path(__file__).parents[2]
@@ -139,15 +138,18 @@ def test_a_quantizer_follows(tmp_path: Path, start: Start) -> None:
 def test_statistics_are_saved_by_their_owners(
     llama: Path, tmp_path: Path, start: Start
 ) -> None:
-    """One process can then try what it likes."""
+    """One process can then try what it likes, on what it would have held out."""
     folder = tmp_path / "statistics"
-    result = start(num_layers=2, save_statistics=str(folder))
+    result = start(num_layers=2, statistics=str(folder))
     assert result.returncode == 0, result.stderr
     store = StatisticsStore.open(folder)
     assert all(index in store for index in range(4))
     fit, heldout = store.load(3, "model.layers.3.self_attn")
-    assert fit.num_tokens == 16 * 64
-    assert heldout is None
+    assert heldout is not None
+    assert (fit.num_tokens, heldout.num_tokens) == (12 * 64, 4 * 64)
+    assert [w["input_ids"][0].tolist() for w in store.windows()] == [
+        token_rows(16)["input_ids"][number] for number in (2, 6, 10, 14)
+    ]
     model = load(llama).to(torch.float64)
     modifier = NBLModifier(num_layers=2, statistics=str(folder))
     compress(model, [modifier], None)
@@ -156,10 +158,53 @@ def test_statistics_are_saved_by_their_owners(
     assert modifier.report is not None
     assert expected.report is not None
     assert modifier.report.selected_layers == expected.report.selected_layers
-    limited = NBLModifier(max_nmse=1.0, statistics=str(folder))
-    model = load(llama).to(torch.float64)
-    with pytest.raises(ValueError, match="without held-out tokens"):
-        compress(model, [limited], None)
+    limited = NBLModifier(criterion="kl", max_nmse=5.0, statistics=str(folder))
+    compress(load(llama).to(torch.float64), [limited], None)
+    expected = NBLModifier(criterion="kl", max_nmse=5.0)
+    compress(load(llama).to(torch.float64), [expected], token_rows(16))
+    assert limited.report is not None
+    assert expected.report is not None
+    assert limited.report.selected_layers == expected.report.selected_layers
+    for mine, theirs in zip(limited.report.layers, expected.report.layers, strict=True):
+        assert mine.heldout_nmse == pytest.approx(theirs.heldout_nmse, rel=1e-9)
+        assert mine.score == pytest.approx(theirs.score, rel=1e-7)
+
+
+def test_two_processes_search_as_one_does(
+    llama: Path, tmp_path: Path, start: Start
+) -> None:
+    """Greedily, with refit and distillation, and each runs the model half as often."""
+    fields: dict[str, Any] = {
+        "num_layers": 2,
+        "criterion": "nmse",
+        "selection": "greedy",
+        "refit": True,
+        "distill": {"epochs": 1, "rate": 0.01},
+    }
+    result = start(dtype="float32", **fields)
+    assert result.returncode == 0, result.stderr
+    modifier, model = NBLModifier(**fields), load(llama)
+    counter = WindowCounter(model)
+    compress(model, [modifier], token_rows(16))
+    assert modifier.report is not None
+    assert modifier.report.heldout is not None
+    expected = modifier.report.heldout
+    first, second = answers(tmp_path / "out")
+    for answer in (first, second):
+        report, heldout = answer["report"], answer["report"]["heldout"]
+        assert report["selected_layers"] == modifier.report.selected_layers
+        assert heldout["num_windows"] == expected.num_windows == 4
+        for name in ("base", "replaced", "refitted"):
+            assert heldout[name] == pytest.approx(getattr(expected, name), rel=1e-6)
+        assert answer["windows"] == counter.windows / 2
+        assert answer["passes"] == pytest.approx(counter.windows / (4 * 16))
+        assert answer["stated"] == pytest.approx(answer["passes"], rel=0.25)
+    assert first["report"]["heldout"] == second["report"]["heldout"]
+    assert all(torch.equal(first["maps"][n], second["maps"][n]) for n in first["maps"])
+    saved = load(tmp_path / "out")
+    assert linearized(saved) == linearized(model)
+    for name, expected_map in first["maps"].items():
+        assert torch.equal(saved.state_dict()[name], expected_map)
 
 
 @pytest.mark.parametrize(
@@ -181,27 +226,3 @@ def test_a_failed_process_ends_the_run(
     assert result.returncode != 0
     assert message in result.stderr
     assert not (tmp_path / "out" / "config.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ("windows", "greedy, refit and distill_epochs run the model"),
-        ("losses", "losses run the model"),
-    ],
-)
-def test_what_one_process_cannot_tell_is_refused(
-    llama: Path, monkeypatch: pytest.MonkeyPatch, asked: str, message: str
-) -> None:
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    needs = Needs(
-        kind="attention",
-        input="residual",
-        heldout_nmse=False,
-        losses=asked == "losses",
-        windows=asked == "windows",
-    )
-    with pytest.raises(NotImplementedError, match=message):
-        open_sources(load(llama), [], {}, needs, statistics=None, save_statistics=None)

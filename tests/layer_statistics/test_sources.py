@@ -49,7 +49,7 @@ def run(llama: Path) -> Run:
 def saved(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the statistics of all four layers, of 16 windows."""
     folder = tmp_path_factory.mktemp("statistics")
-    run(token_rows(), num_layers=1, save_statistics=str(folder))
+    run(token_rows(), num_layers=1, statistics=str(folder))
     return folder
 
 
@@ -96,14 +96,14 @@ def test_same_result_as_calibrating(
 
 def test_saving_changes_nothing(run: Run, tmp_path: Path) -> None:
     _, plain = run(token_rows(), num_layers=2)
-    _, saving = run(token_rows(), num_layers=2, save_statistics=str(tmp_path))
+    _, saving = run(token_rows(), num_layers=2, statistics=str(tmp_path))
     assert linearized(plain) == linearized(saving)
     for index, weight in maps(plain).items():
         torch.testing.assert_close(maps(saving)[index], weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "fields", [{"selection": "greedy"}, {"refit": True}, {"distill_epochs": 1}]
+    "fields", [{"selection": "greedy"}, {"refit": True}, {"distill": {"epochs": 1}}]
 )
 def test_what_runs_the_model_again_needs_the_data(
     run: Run, saved: Path, fields: dict[str, Any]
@@ -118,7 +118,7 @@ def test_what_runs_the_model_again_needs_the_data(
 
 
 def test_normalized_statistics_serve_both_inputs(run: Run, tmp_path: Path) -> None:
-    run(token_rows(), num_layers=1, input="normalized", save_statistics=str(tmp_path))
+    run(token_rows(), num_layers=1, input="normalized", statistics=str(tmp_path))
     for kind in ("residual", "normalized"):
         _, expected = run(token_rows(), num_layers=2, input=kind)
         _, model = run(None, num_layers=2, input=kind, statistics=str(tmp_path))
@@ -144,7 +144,7 @@ def test_an_interrupted_calibration_goes_on(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int
 ) -> None:
     """Killed after so many layers: their statistics are not taken again."""
-    fields: dict[str, Any] = {"num_layers": 2, "save_statistics": str(tmp_path)}
+    fields: dict[str, Any] = {"num_layers": 2, "statistics": str(tmp_path)}
     _, expected = run(token_rows(), **fields)
     for index in range(finished, 4):
         (tmp_path / f"layer-{index:05d}.safetensors").unlink()
@@ -180,21 +180,52 @@ def test_one_changed_weight_is_another_model(llama: Path, saved: Path) -> None:
         compress(model, [NBLModifier(num_layers=1, statistics=str(saved))], None)
 
 
-@pytest.mark.parametrize("field", ["statistics", "save_statistics"])
 @pytest.mark.parametrize(
     "rows", [token_rows(seed=1), token_rows(15), token_rows(16, 63)], ids=str
 )
-def test_other_data_are_refused(run: Run, saved: Path, field: str, rows: Any) -> None:
+def test_other_data_are_refused(run: Run, saved: Path, rows: Any) -> None:
     with pytest.raises(ValueError, match="data_digest .* calibration data has"):
-        run(rows, num_layers=1, **{field: str(saved)})
+        run(rows, num_layers=1, statistics=str(saved))
 
 
 def test_layers_that_are_missing_are_named(run: Run, tmp_path: Path) -> None:
-    run(token_rows(), layers=[0, 1], save_statistics=str(tmp_path))
-    with pytest.raises(ValueError, match=r"none of model\.layers\.2\.self_attn"):
+    run(token_rows(), layers=[0, 1], statistics=str(tmp_path))
+    message = r"none of model\.layers\.2\.self_attn \(2 such layers\)\. Pass the data"
+    with pytest.raises(ValueError, match=message):
         run(None, num_layers=1, statistics=str(tmp_path))
     _, model = run(None, layers=[1], statistics=str(tmp_path))
     assert linearized(model) == [1]
+    # with the data they are measured, and need none any more
+    run(token_rows(), num_layers=1, statistics=str(tmp_path))
+    run(None, num_layers=1, statistics=str(tmp_path))
+
+
+@pytest.mark.parametrize("folder", ["absent", "empty"])
+def test_neither_statistics_nor_data_is_refused(
+    run: Run, tmp_path: Path, folder: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=f"{folder}: there are none, and no calibrat"):
+        run(None, num_layers=1, statistics=str(tmp_path / folder))
+    assert not (tmp_path / "absent").exists()
+
+
+def test_complete_statistics_are_only_read(run: Run, saved: Path) -> None:
+    """Data or not: they may lie where nothing can be written."""
+    before = {path: path.stat() for path in saved.iterdir()}
+    run(token_rows(), num_layers=1, criterion="loss", statistics=str(saved))
+    assert {path: path.stat().st_ino for path in saved.iterdir()} == {
+        path: stat.st_ino for path, stat in before.items()
+    }
+
+
+def test_less_than_the_other_layers_have_is_not_added(run: Run, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"num_layers": 1, "statistics": str(tmp_path)}
+    run(token_rows(), layers=[0], input="normalized", statistics=str(tmp_path))
+    with pytest.raises(ValueError, match="3 layers are missing.*got input: residual"):
+        run(token_rows(), **fields)
+    run(token_rows(), **fields, input="normalized")
+    run(token_rows(), **fields)
 
 
 def test_normalized_input_from_residual_statistics_is_refused(
@@ -202,11 +233,6 @@ def test_normalized_input_from_residual_statistics_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="says nothing about the output of the input"):
         run(None, num_layers=1, input="normalized", statistics=str(saved))
-
-
-def test_both_folders_at_once_are_refused() -> None:
-    with pytest.raises(ValueError, match="Give one of the two"):
-        NBLModifier(num_layers=1, statistics="a", save_statistics="b")
 
 
 def edited_embedding(llama: Path) -> Model:
@@ -264,15 +290,19 @@ def test_an_interrupted_calibration_of_version_2_goes_on(
     run: Run, saved: Path, of_version_2: Path
 ) -> None:
     (of_version_2 / "layer-00002.safetensors").unlink()
-    _, model = run(token_rows(), num_layers=2, save_statistics=str(of_version_2))
+    _, model = run(token_rows(), num_layers=2, statistics=str(of_version_2))
     _, expected = run(None, num_layers=2, statistics=str(saved))
     assert linearized(model) == linearized(expected)
     run(None, num_layers=2, statistics=str(of_version_2))
 
 
-@pytest.mark.parametrize("field", ["statistics", "save_statistics"])
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_changed_files_are_refused_before_calibration(
-    run: Run, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+    run: Run,
+    saved: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: bool,
 ) -> None:
     folder = tmp_path / "statistics"
     shutil.copytree(saved, folder)
@@ -280,12 +310,12 @@ def test_changed_files_are_refused_before_calibration(
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    if field == "save_statistics":  # interrupted: layer 2 is to be measured
+    if interrupted:  # layer 2 is to be measured
         (folder / "layer-00002.safetensors").unlink()
     monkeypatch.setattr(LayerStatistics, "update", None)
-    rows = token_rows() if field == "save_statistics" else None
+    rows = token_rows() if interrupted else None
     with pytest.raises(ValueError, match=r"layer-00001\.safetensors: has been changed"):
-        run(rows, num_layers=1, **{field: str(folder)})
+        run(rows, num_layers=1, statistics=str(folder))
 
 
 def test_other_held_out_windows_are_refused(
@@ -293,13 +323,27 @@ def test_other_held_out_windows_are_refused(
 ) -> None:
     folder, other = tmp_path / "statistics", tmp_path / "other"
     shutil.copytree(saved, folder)
-    run(token_rows(seed=1), num_layers=1, save_statistics=str(other))
+    run(token_rows(seed=1), num_layers=1, statistics=str(other))
     name = "heldout_windows.safetensors"
     shutil.copy(other / name, folder / name)
     with pytest.raises(
         ValueError, match=r"heldout_windows\.safetensors: has been chan"
     ):
         run(None, num_layers=1, criterion="loss", statistics=str(folder))
+
+
+def test_losses_on_windows_that_were_fitted_on_are_refused(
+    run: Run, saved: Path, tmp_path: Path
+) -> None:
+    """Several processes of an earlier version held nothing out."""
+    folder = tmp_path / "statistics"
+    shutil.copytree(saved, folder)
+    manifest = folder / "statistics.json"
+    fields = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(fields | {"held_out": 0}))
+    for asked in ({"criterion": "loss"}, {"max_nmse": 1.0}):
+        with pytest.raises(ValueError, match="without held-out tokens"):
+            run(None, num_layers=1, statistics=str(folder), **asked)
 
 
 def test_home_is_expanded(
@@ -321,7 +365,7 @@ def test_full_disk_is_named(
     resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"statistics.*cannot be.*Make room"):
-            run(token_rows(), num_layers=1, save_statistics=str(tmp_path / "s"))
+            run(token_rows(), num_layers=1, statistics=str(tmp_path / "s"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from nbl_modifier import NBLModifier
+from nbl_modifier.llmcompressor_plugin.distill import Distill
 from nbl_modifier.records.compression import NBLReport
 from tests.followers import TinyModels
 from tests.llmcompressor_plugin.test_modifier import ROUNDED, activations
@@ -46,8 +47,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "block": {"kind": "block"},
     "low-rank block": {"kind": "block", "rank": 8},
     "block drop": {"kind": "block", "method": "drop"},
-    "wo_wv": {"estimator": "wo_wv", "input": "normalized"},
-    "low-rank wo_wv": {"estimator": "wo_wv", "input": "normalized", "rank": 8},
+    "wo_wv": {"method": "wo_wv", "input": "normalized"},
+    "low-rank wo_wv": {"method": "wo_wv", "input": "normalized", "rank": 8},
 }
 
 
@@ -104,7 +105,11 @@ def test_saved_loaded_and_generated_from(
     assert report.kv_cache_fraction == 0.5
     saved = NBLReport.load(out / "nbl_report.json")
     fields = {"kind": "attention", "method": "linear", "rank": None} | METHODS[name]
-    assert (saved.kind, saved.method) == (fields["kind"], fields["method"])
+    # a report says apart what is put in place, and where it comes from
+    weights = fields["method"] == "wo_wv"
+    method = "linear" if weights else fields["method"]
+    assert (saved.kind, saved.method) == (fields["kind"], method)
+    assert saved.estimator == ("wo_wv" if weights else "lmmse")
     rank = fields["rank"]
     assert saved.rank == (16 if rank == 0.5 else rank)
     # What is saved replays.
@@ -211,7 +216,7 @@ def test_error_falls_with_rank(folder: Path, rows: Dataset) -> None:
 
 
 def test_weights_map_needs_no_data(folder: Path, rows: Dataset) -> None:
-    fields: dict[str, Any] = {"estimator": "wo_wv", "input": "normalized"}
+    fields: dict[str, Any] = {"method": "wo_wv", "input": "normalized"}
     model, report = run(folder, rows, layers=[2], **fields)
     attention = load(folder).model.layers[2].self_attn
     heads = attention.v_proj.weight.double().view(2, 1, 8, D)
@@ -360,7 +365,7 @@ def test_fields_of_training_schedules_are_refused(name: str) -> None:
         {"layers": [True]},
         {"max_nmse": True},
         {"num_layers": 1, "dampening_frac": False},
-        {"num_layers": 1, "distill_epochs": True},
+        {"num_layers": 1, "distill": True},
         {"num_layers": 1, "rank": True},
     ],
 )
@@ -373,7 +378,7 @@ def test_booleans_are_not_numbers(fields: dict[str, Any]) -> None:
 def test_layers_with_the_preset_leave_nothing_to_choose(
     folder: Path, rows: Dataset, tmp_path: Path, logged: list[str]
 ) -> None:
-    modifier = NBLModifier(layers=[0, 2], preset="best", distill_epochs=0)
+    modifier = NBLModifier(layers=[0, 2], preset="best", distill=Distill(epochs=0))
     paper = NBLModifier(layers=[0, 2])
     assert (modifier.selection, modifier.criterion) == (
         paper.selection,
@@ -386,7 +391,7 @@ def test_layers_with_the_preset_leave_nothing_to_choose(
         preset="best",
         criterion="loss",
         selection="greedy",
-        distill_epochs=0,
+        distill=Distill(epochs=0),
     )
     assert saved.model_dump() == modifier.model_dump()
     said = [text for text in logged if "is left out" in text]
@@ -403,8 +408,8 @@ def test_layers_with_the_preset_leave_nothing_to_choose(
         ({"rank": 8}, "normalized"),
         ({"kind": "block"}, "residual"),
         ({"method": "drop"}, "residual"),
-        ({"estimator": "wo_wv"}, "normalized"),
-        ({"estimator": "wo_wv", "input": "normalized"}, "normalized"),
+        ({"method": "wo_wv"}, "normalized"),
+        ({"method": "wo_wv", "input": "normalized"}, "normalized"),
     ],
 )
 def test_preset_fills_in_what_has_a_meaning(
@@ -414,4 +419,4 @@ def test_preset_fills_in_what_has_a_meaning(
     paper = NBLModifier(num_layers=2).criterion
     assert modifier.criterion != paper
     assert (modifier.input, modifier.refit) == (input_, False)
-    assert (modifier.distill_epochs > 0) == (modifier.method == "linear")
+    assert (modifier.distill.epochs > 0) == (modifier.method != "drop")

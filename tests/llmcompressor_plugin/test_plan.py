@@ -63,7 +63,7 @@ def test_statistics_serve_every_method_of_their_kind(
     llama: Path, rows: Dataset, tmp_path: Path, kind: str
 ) -> None:
     kept = str(tmp_path / "statistics")
-    run(llama, rows, kind=kind, layers=[0, 2], save_statistics=kept)
+    run(llama, rows, kind=kind, layers=[0, 2], statistics=kept)
     variants: list[dict[str, Any]] = [{}, {"rank": 8}, {"method": "drop"}]
     for fields in variants:
         fresh, _ = run(llama, rows, kind=kind, layers=[0, 2], **fields)

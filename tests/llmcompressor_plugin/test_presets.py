@@ -27,7 +27,7 @@ def test_preset_fills_in_what_is_not_given(llama: Path, rows: Dataset) -> None:
     model, report = run(llama, rows, num_layers=2, preset="best")
     spelled_out = {
         name: getattr(modifier, name)
-        for name in ("criterion", "selection", "distill_epochs", "input")
+        for name in ("criterion", "selection", "distill", "input")
     }
     same, _ = run(llama, rows, num_layers=2, **spelled_out)
     assert linearized(model) == linearized(same) == report.selected_layers

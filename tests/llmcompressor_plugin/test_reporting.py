@@ -10,6 +10,7 @@ import pytest
 from datasets import Dataset
 
 from nbl_modifier import NBLModifier
+from nbl_modifier.llmcompressor_plugin.ranking import RankingModifier
 from tests.llmcompressor_plugin.test_modifier import (
     INPUTS,
     Activations,
@@ -18,6 +19,7 @@ from tests.llmcompressor_plugin.test_modifier import (
     run,
 )
 from tests.numerics import oracle
+from tests.tiny_llama import compress, load
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -57,9 +59,9 @@ def test_canonical_correlations_are_stored_on_request(
     llama: Path, rows: Dataset, plain: list[Activations], kind: Kind
 ) -> None:
     """Those that the bound is the sum of, whatever the linear layer reads."""
-    recipe = NBLModifier(num_layers=1, input=kind, canonical_correlations=True)
-    _, report = run(llama, recipe, rows)
-    for layer in report.layers:
+    recipe = RankingModifier(input=kind, canonical_correlations=True)
+    compress(load(llama), [recipe], rows)
+    for layer in recipe.ranking.layers:
         seen = plain[layer.index]
         rho = oracle.canonical_correlations(seen.residual, seen.residual + seen.output)
         expected = np.quantile(rho, np.linspace(0, 1, 21))

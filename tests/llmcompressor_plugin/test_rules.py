@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nbl_modifier import NBLModifier
+from nbl_modifier.llmcompressor_plugin.distill import Distill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -15,14 +16,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"estimator": "wo_wv"}, "needs kind: attention and input: normalized"),
+        ({"method": "wo_wv"}, "needs kind: attention and input: normalized"),
         (
-            {"estimator": "wo_wv", "kind": "block"},
+            {"method": "wo_wv", "kind": "block"},
             "got kind: block, input: residual",
         ),
-        ({"rank": 8, "max_parameters": 100}, "rank and max_parameters both"),
         ({"rank": 0}, "integer >= 1, or a fraction .* got 0.* method: drop"),
         ({"rank": 1.0}, "got 1.0"),
+        ({"distill": {"rate": 0.1}}, "rate has no effect, got rate: 0.1.*give epochs"),
+        ({"distill": {"windows_per_step": 2}}, "windows_per_step has no effect, got"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -32,29 +34,26 @@ def test_what_does_not_go_together_is_refused(
         NBLModifier(num_layers=2, **fields)
 
 
-DROP, WEIGHTS = {"method": "drop"}, {"estimator": "wo_wv", "input": "normalized"}
+DROP, WEIGHTS = {"method": "drop"}, {"method": "wo_wv", "input": "normalized"}
 
 
 @pytest.mark.parametrize(
     ("others", "name", "value", "remedy"),
     [
         (DROP, "rank", 8, "method: linear"),
-        (DROP, "max_parameters", 9999, "method: linear"),
         (DROP, "refit", True, "method: linear"),
-        (DROP, "distill_epochs", 1, "method: linear"),
-        (DROP, "distill_rate", 0.1, "method: linear"),
-        (DROP, "estimator", "wo_wv", "method: linear"),
+        (DROP, "distill", Distill(epochs=1), "method: linear"),
+        (DROP, "distill", Distill(rate=0.1), "method: linear"),
         (DROP, "input", "normalized", "method: linear"),
         (DROP, "dampening_frac", 0.1, "method: linear"),
         ({"kind": "block"}, "input", "normalized", "kind: attention"),
-        (WEIGHTS, "refit", True, "estimator: lmmse"),
-        (WEIGHTS, "dampening_frac", 0.1, "estimator: lmmse"),
+        (WEIGHTS, "refit", True, "method: linear"),
+        (WEIGHTS, "dampening_frac", 0.1, "method: linear"),
         ({"layers": [0]}, "selection", "greedy", "give num_layers"),
         ({"layers": [0]}, "criterion", "loss", "give num_layers"),
         ({"layers": [0]}, "criterion", "kl", "give num_layers"),
         ({"layers": [0]}, "max_nmse", 0.5, "give num_layers"),
         ({"layers": [0]}, "max_perplexity_increase", 0.1, "give num_layers"),
-        ({}, "distill_rate", 0.1, "give distill_epochs"),
     ],
 )
 def test_what_has_no_effect_is_refused(
@@ -80,17 +79,14 @@ def test_what_has_no_effect_is_refused(
         {"kind": "block"},
         WEIGHTS,
         {"kind": "block", "method": "drop", "preset": "best"},
-        {"layers": [0], "preset": "best", "distill_epochs": 1},
+        {"layers": [0], "preset": "best", "distill": {"epochs": 1}},
     ],
 )
 def test_what_is_saved_holds_nothing_without_effect(fields: dict[str, Any]) -> None:
-    """Saved recipes hold all fields, defaults of the version that saved them too."""
+    """Saved recipes hold all fields that are not None."""
     fields = fields if "layers" in fields else {"num_layers": 1} | fields
     modifier = NBLModifier(**fields)
     saved = {k: v for k, v in modifier.model_dump().items() if v is not None}
-    earlier = {"distill_rate": 0.4} | saved
     for name in ("initialized_", "finalized_", "started_", "ended_"):
-        earlier.pop(name, None)
-    assert NBLModifier(**earlier).model_dump() == (
-        modifier.model_dump() | {"distill_rate": 0.4}
-    )
+        saved.pop(name, None)
+    assert NBLModifier(**saved).model_dump() == modifier.model_dump()

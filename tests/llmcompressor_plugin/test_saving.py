@@ -53,13 +53,11 @@ def test_saved_recipe_replays(rows: Dataset, tmp_path: Path) -> None:
         "criterion": "nmse",
         "selection": "one_shot",
         "refit": False,
-        "distill_epochs": 0,
+        "distill": {"epochs": 0},
         "kind": "attention",
         "method": "linear",
-        "estimator": "lmmse",
         "input": "normalized",
         "dampening_frac": 0.01,
-        "canonical_correlations": False,
     }
     compress(load(llama), str(saved), rows, output_dir=str(tmp_path / "second"))
     first, second = (tensors_in(tmp_path / name) for name in ("first", "second"))

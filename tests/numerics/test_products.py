@@ -277,7 +277,11 @@ def test_run_computes_in_float32_and_keeps_all_dtypes(
     """Calibration, trials, refit and distillation; then the checkpoint."""
     monkeypatch.setenv(VARIABLE, "float32")
     source, watch = tiny_models("llama", torch.bfloat16), Watch()
-    settings: dict[str, Any] = {"criterion": "loss", "refit": True, "distill_epochs": 1}
+    settings: dict[str, Any] = {
+        "criterion": "loss",
+        "refit": True,
+        "distill": {"epochs": 1},
+    }
     recipe = [NBLModifier(num_layers=2, **settings), watch]
     with Computed() as computed:
         model = compress(source, recipe, rows, output_dir=str(tmp_path))

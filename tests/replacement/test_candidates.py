@@ -176,9 +176,9 @@ def test_recipe_fields(
 def test_folder_for_statistics_that_cannot_be_one(
     llama: Path, rows: Dataset, tmp_path: Path, folder: str, reason: str
 ) -> None:
-    recipe = NBLModifier(num_layers=1, save_statistics=folder)
+    recipe = NBLModifier(num_layers=1, statistics=folder)
     message = refused(tmp_path, llama, recipe, rows, OSError)
-    for word in (f"NBLModifier.save_statistics: '{folder}'", reason, "Choose another"):
+    for word in (f"NBLModifier.statistics: '{folder}'", reason, "Choose another"):
         assert word in message, message
 
 

@@ -103,11 +103,14 @@ def write_everything(folder: Path) -> None:
         write_checkpoint(folder / name, selected, evaluation=evaluation)
         write_benchmark(folder / name / "nbl_benchmark.json", BASE, str(folder / name))
     report = NBLReport.load(folder / "nbl2" / "nbl_report.json")
-    fields = json.loads(report.to_json())
+    fields = json.loads(report.to_json()) | {"selected_layers": []}
     for layer in fields["layers"]:
         correlations = [1 - layer["index"] / 10 - (20 - i) / 100 for i in range(21)]
         layer["canonical_correlations"] = correlations
-    NBLReport.from_json(json.dumps(fields)).save(folder / "nbl2" / "nbl_report.json")
+        layer["selected"] = False
+    (folder / "ranking").mkdir()
+    ranking = NBLReport.from_json(json.dumps(fields))
+    ranking.save(folder / "ranking" / "nbl_ranking.json")
     accuracies = {
         BASE: {"piqa": 0.8, "arc": 0.6},
         str(folder / "nbl1"): {"piqa": 0.78, "arc": 0.57},

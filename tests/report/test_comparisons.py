@@ -15,7 +15,7 @@ from nbl_modifier.report.table import Table
 def group(**models: dict[str, Metric]) -> ModelGroup:
     """Return models of one base model, which is the first."""
     name = next(iter(models))
-    return ModelGroup(name, name, [], models, [])
+    return ModelGroup(name, name, [], models, [], [])
 
 
 def metrics(kind: Kind, **values: float) -> dict[str, Metric]:

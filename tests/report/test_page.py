@@ -41,8 +41,7 @@ def test_every_section_has_its_content(complete: Path, tmp_path: Path) -> None:
     page, markdown = run(tmp_path / "r.html", complete)
     assert list(page.rows) == SECTIONS
     assert re.findall(r"^### (.*)$", markdown, re.MULTILINE) == SECTIONS
-    # correlations are those of nbl2 only
-    assert set(page.absent) == {"Quality of methods", "Canonical correlations"}
+    assert set(page.absent) == {"Quality of methods"}
     figures = {name: count for name, count in page.svgs.items() if count}
     assert figures == {
         "Ranking": 2,

@@ -82,7 +82,7 @@ def test_absent_sections_say_why(tmp_path: Path) -> None:
     (tmp_path / "nbl" / "config.json").unlink()
     page, markdown = run(tmp_path / "r.html", tmp_path / "nbl")
     reasons = {
-        "Canonical correlations": "canonical_correlations: true",
+        "Canonical correlations": "nbl rank --canonical-correlations",
         "Quality": "No quality was measured",
         "Quality of methods": "benchmarks/paper_table.py",
         "Quality against speed": "nbl_benchmark.json",

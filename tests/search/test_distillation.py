@@ -82,7 +82,7 @@ def test_a_trained_model_comes_nearer_to_the_original(
     fields = {**only(LAYERS), "refit": True, **fields}
     # windows are held out here, too, and there is no trial that costs anything
     before, _ = run(load(DEMO_MODEL), source, max_nmse=1e6, **fields)
-    fields |= {"distill_epochs": 2, "distill_rate": 0.06}
+    fields |= {"distill": {"epochs": 2, "rate": 0.06}}
     after, report = run(load(DEMO_MODEL), source, **fields)
     assert report.distill_epochs == 2
     assert report.heldout is not None
@@ -107,7 +107,7 @@ def test_a_trained_model_comes_nearer_to_the_original(
 
 
 def test_it_can_be_repeated(source: Dataset) -> None:
-    fields: dict[str, Any] = {"layers": [11, 13], "distill_epochs": 1}
+    fields: dict[str, Any] = {"layers": [11, 13], "distill": {"epochs": 1}}
     few = source.select(range(16))
     once, _ = run(load(DEMO_MODEL), few, **fields)
     torch.rand(3)
@@ -120,12 +120,13 @@ def test_what_does_not_help_is_not_kept(
 ) -> None:
     fields: dict[str, Any] = {**only([1, 2]), "criterion": "loss"}
     fitted, _ = run(load(llama), rows, **fields)
-    after, report = run(load(llama), rows, **fields, distill_epochs=2, distill_rate=1e6)
+    distill = {"epochs": 2, "rate": 1e6}
+    after, report = run(load(llama), rows, **fields, distill=distill)
     assert all(torch.equal(fitted[name], after[name]) for name in fitted)
     assert report.heldout is not None
     assert distilled(report) == report.heldout.replaced
     (warning,) = (text for text in logged if "no nearer" in text)
-    assert "lower distill_rate than 333333" in warning
+    assert "lower distill: {rate} than 333333" in warning
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_what_does_not_help_is_not_kept(
     [
         ("llama", {"kind": "block"}),
         ("llama", {"kind": "block", "rank": 8}),
-        ("llama", {"estimator": "wo_wv", "input": "normalized"}),
+        ("llama", {"method": "wo_wv", "input": "normalized"}),
         ("gemma2", {}),
         ("olmo2", {}),
         ("granite", {"rank": 0.25}),
@@ -147,7 +148,7 @@ def test_every_kind_of_map_and_family(
 ) -> None:
     """Of random models, which are nearly linear, it may or may not help."""
     rows = token_rows(num_rows=12, length=24)
-    fields = {"num_layers": 2, "distill_epochs": 1, **fields}
+    fields = {"num_layers": 2, "distill": {"epochs": 1}, **fields}
     model = load(tiny_models(family))
     model.get_input_embeddings().requires_grad_(False)
     before = {name: w.requires_grad for name, w in model.named_parameters()}
@@ -162,7 +163,7 @@ def test_every_kind_of_map_and_family(
 
 
 def test_offloaded_models(llama: Path, rows: Dataset, tmp_path: Path) -> None:
-    fields: dict[str, Any] = {"layers": [1, 3], "distill_epochs": 1}
+    fields: dict[str, Any] = {"layers": [1, 3], "distill": {"epochs": 1}}
     _, there = run(load_on_disk(llama, tmp_path), rows, **fields)
     _, here = run(load(llama), rows, **fields)
     assert distilled(there) == pytest.approx(distilled(here), rel=1e-6)
@@ -352,16 +353,17 @@ def test_trained_gains_are_what_the_model_computes_with(
 
 def test_the_rate_finds_itself(source: Dataset, logged: list[str]) -> None:
     """It is of the size of those tried, does what it does when given, and helps."""
-    fields: dict[str, Any] = {"layers": LAYERS, "distill_epochs": 1}
+    fields: dict[str, Any] = {"layers": LAYERS, "distill": {"epochs": 1}}
     found = run(load(DEMO_MODEL), source, **fields)[1]
-    (said,) = (line for line in logged if line.startswith("NBL: distill_rate"))
-    rate = float(said.split("distill_rate ")[1].split()[0])
+    (said,) = (line for line in logged if line.startswith("NBL: distill: {rate"))
+    rate = float(said.split("{rate: ")[1].split("}")[0])
     windows = int(said.split(" for ")[1].split()[0])
     assert any(
         rate == pytest.approx(tried * math.sqrt(12 / windows), rel=0.05)
         for tried in RATES
     )
-    given = run(load(DEMO_MODEL), source, distill_rate=rate, **fields)[1]
+    again = fields | {"distill": {"epochs": 1, "rate": rate}}
+    given = run(load(DEMO_MODEL), source, **again)[1]
     assert distilled(found) == distilled(given)
     assert found.heldout is not None
     assert distilled(found) < found.heldout.replaced
@@ -397,7 +399,8 @@ def test_failure_leaves_the_model_as_it_was(
 # --- what it needs --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{"distill_epochs": -1}, {"distill_rate": 0.0}])
-def test_senseless_numbers_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(fields))):
-        NBLModifier(num_layers=2, **fields)
+@pytest.mark.parametrize("distill", [{"epochs": -1}, {"epochs": 1, "rate": 0.0}])
+def test_senseless_numbers_are_refused(distill: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"num_layers": 2, "distill": distill}
+    with pytest.raises(ValueError, match=list(distill)[-1]):
+        NBLModifier(**fields)

@@ -65,7 +65,7 @@ def test_each_step_is_taken_only_if_asked_for(llama: Path, rows: Dataset) -> Non
     assert chosen.heldout is not None
     assert (chosen.heldout.refitted, chosen.heldout.distilled) == (None, None)
     assert sorted(chosen.trials) == [0, 1, 2, 3]
-    whole = options("kl", refit=True, distill_epochs=1, distill_rate=0.01)
+    whole = options("kl", refit=True, epochs=1, rate=0.01)
     outcome = find_replacements(measured, whole, one, HELD_OUT)
     assert outcome.heldout is not None
     assert outcome.heldout.replaced == chosen.heldout.replaced

@@ -27,7 +27,7 @@ MEASURED: list[dict[str, Any]] = [
     {"max_perplexity_increase": 0.1},
     {"criterion": "loss", "num_layers": 1},
     {"criterion": "kl", "num_layers": 1},
-    {"distill_epochs": 1, "num_layers": 1},
+    {"distill": {"epochs": 1}, "num_layers": 1},
 ]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Budgets and what ends a path, through real oneshot() runs."""
+"""Budgets and what ends a walk, through real oneshot() runs."""
 
 from __future__ import annotations
 

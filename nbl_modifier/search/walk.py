@@ -1,5 +1,6 @@
 """
-Paths through the candidates: their scores, and the budget that ends a path.
+A walk through the candidates, one layer after the other: their scores, and the budget
+that ends it.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from .budget import Budget
 from .outcome import NOT_FINITE, Effect, Outcome, finite
 from .trials import Trial, Trials
 
-__all__ = ["Path", "Step"]
+__all__ = ["Step", "Walk"]
 
 
 @dataclass(frozen=True)
 class Step:
     """
-    One layer on the path.
+    One layer on the way.
 
     :param index: decoder layer
     :param replacement: what replaces it
@@ -38,9 +39,9 @@ class Step:
     loss: PerplexityResult | None = None
 
 
-class Path:
+class Walk:
     """
-    Scores of the candidates, and a walk along them until the budget is used up.
+    Scores of the candidates, and steps along them until the budget is used up.
 
     :param calibration: of all candidates, on the original model
     :param criterion: a key of :data:`CRITERIA`
@@ -121,7 +122,7 @@ class Path:
                 unfit[index] = f"held-out NMSE {nmse:.4g} > max_nmse={limit}"
         return unfit
 
-    def walk(self, steps: Iterator[Step]) -> tuple[list[Step], str]:
+    def take(self, steps: Iterator[Step]) -> tuple[list[Step], str]:
         """
         Take steps as long as the budget lasts.
 
