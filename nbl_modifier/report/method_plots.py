@@ -26,6 +26,9 @@ _LEGEND_INCHES = 0.55
 _FINEST = (1.0, 1.02, 1.05, 1.1, 1.15, 9.0, 9.5, 9.8)
 _FINE = (1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 9.0)
 _MIDDLE = (1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 7.0)
+# What is worse than this many times the base model is of no use to anyone, and would
+# press together what is.
+_MOST_TIMES_BASE = 5.0
 
 
 @dataclass(frozen=True)
@@ -134,16 +137,20 @@ def _draw(table: MethodsTable, panels: Sequence[_Panel]) -> Figure:
         style(axes)
         axes.grid(axis="x", color=GRID, zorder=0)
         axes.margins(x=0.05, y=0.06)
+        title = panel.y_label
         if panel.is_ratio:
-            _logarithmic(axes)
+            axes.set_yscale("log")
+            least, greatest = axes.get_ylim()
+            if greatest > 2 * _MOST_TIMES_BASE:
+                axes.set_ylim(max(least, 0.9), _MOST_TIMES_BASE)
+                title += f", up to {_MOST_TIMES_BASE:g}"
+            _plain_ticks(axes)
         if panel.ticks:
             axes.set_xticks(panel.ticks, [f"{tick:.0f}" for tick in panel.ticks])
         if panel.is_inverted:
             axes.invert_xaxis()
         axes.set_xlabel(panel.x_label, fontsize=9, parse_math=False)
-        axes.set_title(
-            panel.y_label, fontsize=9.5, color=TEXT, loc="left", parse_math=False
-        )
+        axes.set_title(title, fontsize=9.5, color=TEXT, loc="left", parse_math=False)
     _add_legend(figure, all_axes[0], 4 if len(panels) > 1 else 3)
     return figure
 
@@ -217,11 +224,10 @@ def _add_legend(figure: Figure, axes: Axes, columns: int) -> None:
         text.set_parse_math(False)
 
 
-def _logarithmic(axes: Axes) -> None:
-    """Scale the vertical axis and write its ticks as plain numbers."""
+def _plain_ticks(axes: Axes) -> None:
+    """Write the ticks of a logarithmic vertical axis as plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    axes.set_yscale("log")
     least, greatest = axes.get_ylim()
     choices = {1.2: _FINEST, 1.6: _FINE, 12.0: _MIDDLE, 500.0: (1.0, 2.0, 5.0)}
     subs = next((s for r, s in choices.items() if greatest / least < r), (1.0,))

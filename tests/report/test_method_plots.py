@@ -32,3 +32,12 @@ def test_a_quality_missing_somewhere_leaves_a_gap() -> None:
     figure.canvas.draw()
     lines = {c.get_label(): c[0].get_xydata() for c in figure.axes[0].containers}
     assert len(lines["new"]) == 0
+
+
+def test_what_is_far_off_does_not_press_the_rest_together() -> None:
+    rows = [*make_table().rows, row("new", 2, 30.0)]
+    ratio = figures(make_table(rows=rows))[4]().axes[1]
+    assert ratio.get_ylim()[1] == 5.0
+    assert ratio.get_title(loc="left").endswith("times base, up to 5")
+    whole = figures(make_table())[4]().axes[1]
+    assert "up to" not in whole.get_title(loc="left")
