@@ -70,7 +70,7 @@ test: env lint typecheck unit core  ## Everything CI checks
 
 unit: env-compress  ## Tests that need no vLLM
 	OMP_NUM_THREADS=1 $(COMPRESS_PY) -m pytest tests -m "$(MARKERS)" \
-		-n $(PROCESSES) --dist loadfile $(PYTEST_ARGS)
+		-n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # What needs no model: numbers, records, pages, and what holds of the code itself.
 QUICK := tests/numerics tests/records tests/report tests/kv_cache \

@@ -27,11 +27,13 @@ import json
 import os
 import runpy
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
 # Read when the packages are imported: no progress bars and logs of the timed runs.
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
@@ -42,8 +44,9 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.core import State
 from llmcompressor.modifiers import Modifier
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.random_llama import adding, llama_config
 from nbl_modifier import NBLModifier
 from nbl_modifier.benchmark.timing import now
 
@@ -83,15 +86,7 @@ class Benchmark:
 
     def __init__(self, args: argparse.Namespace, folder: str) -> None:
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=args.vocab_size,
-            hidden_size=args.hidden_size,
-            intermediate_size=args.intermediate_size,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.heads,
-            num_key_value_heads=args.kv_heads,
-            max_position_embeddings=max(2048, args.length),
-        )
+        config = llama_config(args)
         config.save_pretrained(folder)
         with torch.device(args.device):  # 8B weights are made in no time on a GPU
             model = AutoModelForCausalLM.from_config(config, dtype=args.dtype)
@@ -251,18 +246,15 @@ def print_solver(d: int, device: str, repeats: int) -> None:
 def parse_args() -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-
-    def add(name: str, default: Any, text: str) -> None:
-        parser.add_argument(
-            name, type=type(default), default=default, help=f"{text} ({default})"
-        )
-
-    add("--hidden-size", 1024, "d")
-    add("--intermediate-size", 3584, "width of the MLP, 3.5 d as in Llama 3")
-    add("--layers", 8, "decoder layers")
-    add("--heads", 16, "attention heads")
-    add("--kv-heads", 4, "key-value heads")
-    add("--vocab-size", 32000, "rows of the embedding")
+    add = adding(
+        parser,
+        hidden_size=1024,
+        intermediate_size=3584,  # 3.5 d as in Llama 3
+        layers=8,
+        heads=16,
+        kv_heads=4,
+        vocab_size=32000,
+    )
     add("--samples", 64, "calibration sequences")
     add("--length", 512, "tokens per sequence")
     add("--batch-size", 1, "sequences per forward pass")

@@ -30,6 +30,7 @@ from nbl_modifier import NBLModifier
 from nbl_modifier.cli.logs import show_ours_and_warnings
 from nbl_modifier.evaluation import PerplexityResult, perplexity
 from nbl_modifier.evaluation.texts import load_texts, pack, stdlib_texts
+from nbl_modifier.report.table import Table
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "pycode-4m"
 
@@ -161,10 +162,9 @@ def print_tables(
         f"\n{args.num_layers} layers replaced, {windows} x {args.seq_length} tokens, "
         f"mean of {args.seeds} draws\n"
     )
-    header = "".join(f" | on {name}" for name in names)
-    print(f"| calibrated on{header} |\n|---" + "|---" * len(names) + "|")
-    figures = "".join(f" | {base[name].perplexity:.2f}" for name in names)
-    print(f"| perplexity of the base model{figures} |")
+    header = ("calibrated on", *(f"on {name}" for name in names))
+    figures = (f"{base[name].perplexity:.2f}" for name in names)
+    rows = [("perplexity of the base model", *figures)]
     for calibrated in names:
         row = []
         for measured in names:
@@ -172,10 +172,14 @@ def print_tables(
                 [each[measured] for each in results[calibrated]], base[measured]
             )
             row.append(f"{value:.4f} ± {error:.4f}")
-        print(f"| {calibrated} | {' | '.join(row)} |")
-    print("\n| calibrated on | layers replaced, draw by draw |\n|---|---|")
-    for name in names:
-        print(f"| {name} | {'; '.join(', '.join(map(str, e)) for e in layers[name])} |")
+        rows.append((calibrated, *row))
+    print(Table(header, rows).to_markdown())
+    chosen = [
+        (name, "; ".join(", ".join(map(str, each)) for each in layers[name]))
+        for name in names
+    ]
+    header = ("calibrated on", "layers replaced, draw by draw")
+    print(f"\n{Table(header, chosen).to_markdown()}")
 
 
 def named_file(argument: str) -> tuple[str, str]:

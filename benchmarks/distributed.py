@@ -29,6 +29,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
 # Read when the packages are imported: no progress bars and logs of the timed runs.
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
@@ -41,15 +42,16 @@ from llmcompressor import oneshot
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
 )
 
+from benchmarks.random_llama import adding, llama_config
 from nbl_modifier import NBLModifier
 from nbl_modifier.benchmark.machine import current_device
 from nbl_modifier.cli.processes import part_of, process_group
 from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.report.table import Table
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "models" / "pycode-4m"
 
@@ -98,15 +100,7 @@ def subject(
         saved = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
         texts = stdlib_texts("calibration")
         return saved.eval(), pack(texts, tokenizer, args.length, args.samples)
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        max_position_embeddings=max(2048, args.length),
-    )
+    config = llama_config(args)
     config.save_pretrained(folder)
     model = LlamaForCausalLM(config).to(dtype).eval()
     model.config._name_or_path = folder
@@ -173,21 +167,18 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def add(name: str, default: Any, text: str) -> None:
-        parser.add_argument(
-            name, type=type(default), default=default, help=f"{text} ({default})"
-        )
-
+    add = adding(
+        parser,
+        hidden_size=512,
+        intermediate_size=1792,
+        layers=8,
+        heads=8,
+        kv_heads=2,
+        vocab_size=8000,
+    )
     add("--processes", "1,2", "how many, a list that begins with 1")
     add("--threads", 1, "of each process, on a CPU")
     add("--repeats", 3, "rounds")
-    add("--hidden-size", 512, "d")
-    add("--intermediate-size", 1792, "width of the MLP")
-    add("--layers", 8, "decoder layers")
-    add("--heads", 8, "attention heads")
-    add("--kv-heads", 2, "key-value heads")
-    add("--vocab-size", 8000, "rows of the embedding")
     add("--samples", 64, "calibration sequences of all processes together")
     add("--length", 512, "tokens per sequence")
     add("--dtype", "float32", "of the model")
@@ -222,23 +213,24 @@ def main() -> None:
         f"{args.repeats} rounds, median (min..max)\n"
     )
     what = "search" if args.search else "calibration"
-    print(f"| processes | {what}, s | times faster | of ideal | maps differ by |")
-    print("|---:|---:|---:|---:|---:|")
+    header = ("processes", f"{what}, s", "times faster", "of ideal")
+    rows = []
     alone = runs[counts[0]]
     for count in counts:
         seconds = [run["seconds"] for run in runs[count]]
         pairs = zip(alone, runs[count], strict=True)
         faster = [one["seconds"] / many["seconds"] for one, many in pairs]
         median = statistics.median(faster)
-        cells = [
+        cells = (
             str(count),
             f"{statistics.median(seconds):.2f} "
             f"({min(seconds):.2f}..{max(seconds):.2f})",
             f"{median:.2f} ({min(faster):.2f}..{max(faster):.2f})",
             f"{median / count:.0%}",
             "" if count == 1 else f"{difference(runs[count][0], alone[0]):.1e}",
-        ]
-        print("| " + " | ".join(cells) + " |")
+        )
+        rows.append(cells)
+    print(Table((*header, "maps differ by"), rows).to_markdown())
 
 
 if __name__ == "__main__":

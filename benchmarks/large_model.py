@@ -32,6 +32,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.append(str(Path(__file__).parents[1]))
 # Read when the packages are imported: no progress bars and logs of the timed runs.
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
@@ -39,7 +40,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.random_llama import adding, llama_config
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "models" / "pycode-4m"
 INDEX = "model.safetensors.index.json"
@@ -88,16 +91,8 @@ def write_model(folder: Path, args: argparse.Namespace) -> int:
     :param args: the command line
     :return: bytes of the weights
     """
-    config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.intermediate_size,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        max_position_embeddings=max(2048, args.length),
-        dtype=args.dtype,
-    )
+    config = llama_config(args)
+    config.dtype = args.dtype
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -194,19 +189,16 @@ def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-    def add(name: str, default: Any, text: str) -> None:
-        parser.add_argument(
-            name, type=type(default), default=default, help=f"{text} ({default})"
-        )
-
     # 3 GB in float32, of which few numbers are multiplied: a wide MLP of few layers
-    add("--hidden-size", 1024, "d")
-    add("--intermediate-size", 24576, "width of the MLP")
-    add("--layers", 9, "decoder layers")
-    add("--heads", 16, "attention heads")
-    add("--kv-heads", 4, "key-value heads")
-    add("--vocab-size", 32000, "rows of the embedding")
+    add = adding(
+        parser,
+        hidden_size=1024,
+        intermediate_size=24576,
+        layers=9,
+        heads=16,
+        kv_heads=4,
+        vocab_size=32000,
+    )
     add("--dtype", "float32", "of the weights")
     add("--samples", 8, "calibration sequences")
     add("--length", 256, "tokens per sequence")

@@ -36,6 +36,7 @@ from transformers.models.llama.modeling_llama import (
 from nbl_modifier.benchmark.timing import now
 from nbl_modifier.layer_statistics.moments import LayerStatistics
 from nbl_modifier.numerics import solve_attention
+from nbl_modifier.report.table import Table
 
 HERE = Path(__file__).parent
 PAPER_TOKENS, PAPER_LENGTH = 256 * 2048, 2048
@@ -172,8 +173,8 @@ def growth(args: argparse.Namespace) -> list[tuple[str, dict[str, float]]]:
 
 def print_rates(rows: dict[int, dict[str, float]]) -> None:
     """Print the measured parts, and how they grow from width to width."""
-    print("| d | forward, s | statistics, s | solving, s | growth with d of each |")
-    print("|---:|---:|---:|---:|---|")
+    header = ("d", "forward, s", "statistics, s", "solving, s", "growth with d of each")
+    lines = []
     before: tuple[int, dict[str, float]] | None = None
     for d, seconds in rows.items():
         exponents = ""
@@ -183,9 +184,10 @@ def print_rates(rows: dict[int, dict[str, float]]) -> None:
                 f"d^{math.log(seconds[name] / before[1][name]) / steps:.2f}"
                 for name in seconds
             )
-        cells = " | ".join(f"{value:.3f}" for value in seconds.values())
-        print(f"| {d:,} | {cells} | {exponents} |", flush=True)
+        cells = (f"{value:.3f}" for value in seconds.values())
+        lines.append((f"{d:,}", *cells, exponents))
         before = d, seconds
+    print(Table(header, lines).to_markdown(), flush=True)
 
 
 def print_large(rows: dict[int, dict[str, float]], args: argparse.Namespace) -> None:
@@ -201,11 +203,11 @@ def print_large(rows: dict[int, dict[str, float]], args: argparse.Namespace) -> 
     }
     speeds = ", ".join(f"{n} {r / 1e9:,.0f}" for n, r in rates.items())
     print(f"\nGFLOP/s at d = {d:,}: {speeds}\n")
-    print(
-        "| model | d | forward, s | statistics, s | solving, s | of a layer, s |"
-        " paper's numerics, s | of all layers, h |"
+    header = (
+        *("model", "d", "forward, s", "statistics, s", "solving, s", "of a layer, s"),
+        *("paper's numerics, s", "of all layers, h"),
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    lines = []
     for name, large in LARGE.items():
         parts = [
             large.forward(PAPER_TOKENS, PAPER_LENGTH) / rates["forward"],
@@ -215,7 +217,8 @@ def print_large(rows: dict[int, dict[str, float]], args: argparse.Namespace) -> 
         cells = [f"{value:,.1f}" for value in (*parts, sum(parts))]
         cells.append(f"{solver['PAPER_SECONDS'][large.d]:.1f}")
         cells.append(f"{large.layers * sum(parts) / 3600:.1f}")
-        print(f"| {name}, extrapolated | {large.d:,} | {' | '.join(cells)} |")
+        lines.append((f"{name}, extrapolated", f"{large.d:,}", *cells))
+    print(Table(header, lines).to_markdown())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -241,10 +244,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = {int(d): measure(int(d), args) for d in args.d.split(",")}
     print_rates(rows)
     print_large(rows, args)
-    print("\n| whole calibration | in all, s | of a layer, s |\n|---|---:|---:|")
-    for name, seconds in growth(args):
-        cells = " | ".join(f"{value:.2f}" for value in seconds.values())
-        print(f"| {name} | {cells} |", flush=True)
+    header = ("whole calibration", "in all, s", "of a layer, s")
+    lines = [
+        (name, *(f"{value:.2f}" for value in seconds.values()))
+        for name, seconds in growth(args)
+    ]
+    print(f"\n{Table(header, lines).to_markdown()}")
     return 0
 
 

@@ -32,6 +32,7 @@ from nbl_modifier.cli import main as nbl
 from nbl_modifier.cli.results import weight_bytes
 from nbl_modifier.evaluation import PerplexityResult, perplexity
 from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.report.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "models" / "pycode-4m"
@@ -193,11 +194,11 @@ def table(
     :param perplexities: by the same names
     :param served: by the same names
     """
-    lines = [
-        "| recipe | size on disk, MB | held-out perplexity | times base "
-        "| KV cache in vLLM, tokens | tokens/s, times base |",
-        "|---|---|---|---|---|---|",
-    ]
+    header = (
+        *("recipe", "size on disk, MB", "held-out perplexity", "times base"),
+        *("KV cache in vLLM, tokens", "tokens/s, times base"),
+    )
+    rows = []
     base, base_served = perplexities[BASE], served[BASE]
     for name, directory in checkpoints.items():
         ratio, error = perplexities[name].relative_to(base)
@@ -205,15 +206,16 @@ def table(
         pairs = zip(
             served[name].tokens_per_second, base_served.tokens_per_second, strict=True
         )
-        cells = [
+        cells = (
+            name,
             f"{weight_bytes(str(directory)) / 1e6:.2f}",
             f"{perplexities[name].perplexity:.2f}",
             "1" if name == BASE else f"{ratio:.4f} ± {error:.4f}",
             f"{tokens:,} ({tokens / base_served.kv_cache_tokens:.2f}x)",
             "1" if name == BASE else spread([own / other for own, other in pairs]),
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        )
+        rows.append(cells)
+    return Table(header, rows).to_markdown()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -40,6 +40,7 @@ from transformers import AutoConfig, AutoTokenizer
 import nbl_modifier.hf
 from nbl_modifier.evaluation.texts import stdlib_texts
 from nbl_modifier.kv_cache import KVCache
+from nbl_modifier.report.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))
@@ -210,17 +211,16 @@ def tables(names: Sequence[str], rounds: dict[str, list[Round]]) -> str:
     :param rounds: figures of each round by name
     """
     base = names[0]
-    lines = [f"| | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
     tokens = [f"{rounds[name][0]['kv_cache_tokens']:,.0f}" for name in names]
-    lines.append(f"| tokens in the KV cache | {' | '.join(tokens)} |")
+    rows = [("tokens in the KV cache", *tokens)]
     for title, key, digits in FIGURES:
         cells = [spread([r[key] for r in rounds[name]], digits) for name in names]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+        rows.append((title, *cells))
         if key in _COMPARED:
             pairs = (zip(rounds[name], rounds[base], strict=True) for name in names)
             cells = [spread([a[key] / b[key] for a, b in pair], 3) for pair in pairs]
-            lines.append(f"| times base, of the same round | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append(("times base, of the same round", *cells))
+    return Table(("", *names), rows).to_markdown()
 
 
 def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -32,6 +32,7 @@ from nbl_modifier.calibration.solver import LayerSolver
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.hf.modeling_nbl import decoder_layers
 from nbl_modifier.layer_statistics.store import StatisticsStore
+from nbl_modifier.report.table import Table
 
 
 class Statistics:
@@ -118,22 +119,24 @@ def report(model_name: str, folders: list[Path], rounds: int) -> str:
             loads[folder].append(load)
             solves[folder].append(solve)
     weights = size(Path(model_name))
-    lines = [
-        "| | layers | MB | over the model | load, s | solve, s |",
-        "|---|---:|---:|---:|---:|---:|",
-        f"| model, {str(model.dtype).removeprefix('torch.')} | "
-        f"{model.config.num_hidden_layers} | {weights / 1e6:.0f} | 1.00 | "
-        f"{spread(loads['model'])} | |",
+    dtype = str(model.dtype).removeprefix("torch.")
+    rows = [
+        (
+            *(f"model, {dtype}", str(model.config.num_hidden_layers)),
+            *(f"{weights / 1e6:.0f}", "1.00", spread(loads["model"]), ""),
+        )
     ]
     for folder, each in measured.items():
         origin, total = each.store.origin, size(folder)
-        lines.append(
-            f"| statistics, {origin.kind}, input {origin.input} | "
-            f"{len(each.layers.modules)} | {total / 1e6:.0f} | "
-            f"{total / weights:.2f} | {spread(loads[folder])} | "
-            f"{spread(solves[folder])} |"
+        cells = (
+            f"statistics, {origin.kind}, input {origin.input}",
+            str(len(each.layers.modules)),
+            *(f"{total / 1e6:.0f}", f"{total / weights:.2f}"),
+            *(spread(loads[folder]), spread(solves[folder])),
         )
-    return "\n".join(lines)
+        rows.append(cells)
+    header = ("", "layers", "MB", "over the model", "load, s", "solve, s")
+    return Table(header, rows).to_markdown()
 
 
 def main() -> None:

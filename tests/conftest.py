@@ -31,6 +31,16 @@ settings.register_profile("nbl", deadline=None, derandomize=True)
 settings.load_profile("nbl")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """
+    Begin with files that take long, or one process waits for the other's at the end.
+
+    pytest-xdist would go by the number of cases, of which they may have few; it is told
+    not to by ``--no-loadscope-reorder``.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("begin") is None)
+
+
 @pytest.fixture
 def hostile_input(
     record_property: Callable[[str, object], None],

@@ -11,7 +11,8 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ SECONDS = 100
 pytestmark = pytest.mark.timeout(4 * SECONDS)
 SERVING = ["vllm==0.30.0", "vllm==0.31.0", "vllm==0.32.0", "vllm==0.33.0"]
 COMPRESSING = "llmcompressor==0.14.0.1"
+# A neighbour, our extra beside it, the interpreter's version.
+Case = tuple[str, str, str]
+CASES: list[Case] = [
+    *((each, "", "3.11") for each in SERVING),
+    (SERVING[-1], "", "3.13"),
+    (COMPRESSING, "[compress]", "3.11"),
+]
+Resolved = Future[dict[str, str]]
+Beside = dict[Case, tuple[Resolved, ...]]
 
 
 class UnresolvableError(Exception):
@@ -93,20 +103,22 @@ def index() -> None:
         pytest.skip(f"the package index cannot be reached: {err}")
 
 
-@pytest.mark.parametrize(
-    ("neighbour", "extra", "python"),
-    [
-        *((each, "", "3.11") for each in SERVING),
-        (SERVING[-1], "", "3.13"),
-        (COMPRESSING, "[compress]", "3.11"),
-    ],
-)
-def test_neighbours_keep_their_versions(
-    wheel: Path, neighbour: str, extra: str, python: str
-) -> None:
-    alone = resolve([neighbour], python)
-    ours = f"nbl-modifier{extra} @ {wheel.as_uri()}"
-    beside = resolve([neighbour, ours], python)
+@pytest.fixture(scope="module")
+def resolving(wheel: Path, index: None) -> Iterator[Beside]:
+    """Return a neighbour's versions alone and beside us: all wait for the index now."""
+
+    def start(neighbour: str, extra: str, python: str) -> tuple[Resolved, ...]:
+        ours = f"nbl-modifier{extra} @ {wheel.as_uri()}"
+        asked = [neighbour], [neighbour, ours]
+        return tuple(pool.submit(resolve, names, python) for names in asked)
+
+    with ThreadPoolExecutor(2 * len(CASES)) as pool:
+        yield {case: start(*case) for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_neighbours_keep_their_versions(resolving: Beside, case: Case) -> None:
+    alone, beside = (each.result() for each in resolving[case])
     changed = {
         name: f"{version} becomes {beside.get(name)}"
         for name, version in alone.items()

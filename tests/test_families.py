@@ -82,7 +82,8 @@ def family(
     folder = tmp_path_factory.mktemp(row.model_type)
     source = save_tiny(folder / "base", row.model_type)
     nbl = NBLModifier(layers=LAYERS, input=kind)
-    model = compress(load(source), nbl, rows, output_dir=str(folder / "out"))
+    out = str(folder / "out")
+    model = compress(load(source), nbl, rows, batch_size=4, output_dir=out)
     assert nbl.report is not None
     return Family(
         row,

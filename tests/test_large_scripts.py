@@ -47,7 +47,7 @@ def test_ratios_are_of_the_same_round() -> None:
         "base": [dict.fromkeys(keys, value) for value in (1.0, 4.0)],
         "nbl": [dict.fromkeys(keys, value) for value in (2.0, 8.0)],
     }
-    table = serving_load.tables(["base", "nbl"], rounds)
+    table = " ".join(serving_load.tables(["base", "nbl"], rounds).split())
     assert "| times base, of the same round | 1.000 | 2.000 |" in table
     assert "| preemptions | 2 (1..4) | 5 (2..8) |" in table
 

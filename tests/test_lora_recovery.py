@@ -31,7 +31,7 @@ from tests.tiny_llama import (
     tensors_in,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.begin]
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "lora_recovery.py"
 LAYERS = [0, 5, 8, 11, 13, 15]

@@ -51,7 +51,8 @@ def test_family(model_type: str, rows: Dataset, tmp_path: Path) -> None:
     row = ARCHITECTURES[model_type]
     source = save_tiny(tmp_path / "base", model_type, num_layers=NUM_LAYERS)
     nbl = NBLModifier(num_layers=2, input=row.inputs[-1], ignore=ignored(model_type))
-    model = compress(load(source), nbl, rows, output_dir=str(tmp_path / "out"))
+    out = str(tmp_path / "out")
+    model = compress(load(source), nbl, rows, batch_size=4, output_dir=out)
     assert nbl.report is not None
     assert linearized(model) == ENDS[model_type]
     assert all(layer.num_tokens == 1024 for layer in nbl.report.layers)
@@ -80,8 +81,9 @@ def test_family(model_type: str, rows: Dataset, tmp_path: Path) -> None:
     ignore = NOT_QUANTIZED + FUSED.get(model_type, [])
     quantized = QuantizationModifier(scheme="W8A8", targets="Linear", ignore=ignore)
     again = NBLModifier(layers=ENDS[model_type], input=row.inputs[-1])
+    out = str(tmp_path / "w8a8")
     model = compress(
-        load(source), [again, quantized], rows, output_dir=str(tmp_path / "w8a8")
+        load(source), [again, quantized], rows, batch_size=4, output_dir=out
     )
     name = f"{row.attention_name(ENDS[model_type][0])}.linear"
     assert model.get_submodule(name).quantization_scheme is not None

@@ -15,7 +15,7 @@ import pytest
 
 from nbl_modifier.records.speed import SPEED_FILE_NAME, SpeedReport
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.begin]
 
 ROOT = Path(__file__).parents[1]
 

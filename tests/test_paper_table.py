@@ -21,7 +21,7 @@ from nbl_modifier.evaluation.texts import stdlib_texts
 from nbl_modifier.records.methods import METHODS_FILE_NAME, MethodsTable
 from tests.tiny_llama import DEMO_MODEL, demo_tokenizer, load
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.begin]
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TASKS = ("arc_easy", "winogrande", "mmlu")

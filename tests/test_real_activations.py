@@ -30,7 +30,7 @@ from tests.llmcompressor_plugin.test_modifier import (
 from tests.numerics import oracle
 from tests.tiny_llama import Model, compress, linearized
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.begin]
 
 # Before the massive activations, where they begin, and behind.
 LAYERS = [3, 11, 12, 13]
@@ -107,8 +107,7 @@ def test_checkpoint_and_report(
         assert layer.dampening_frac == 0.0
         assert layer.cca_bound == pytest.approx(bounds[layer.index], rel=TOLERANCE)
         seen = plain[LAYERS.index(layer.index)]
-        assert_map(model, layer.index, seen.residual, seen.output, TOLERANCE)
-        nmse = oracle.nmse(
-            seen.residual, seen.output, *oracle.lmmse(seen.residual, seen.output)
-        )
+        X, A = seen.residual, seen.output
+        W, b = assert_map(model, layer.index, X, A, TOLERANCE)
+        nmse = oracle.nmse(X, A, W, b, np.float64)
         assert layer.nmse == pytest.approx(nmse, rel=TOLERANCE)

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import selection_study as study
 from tests.tiny_llama import DEMO_MODEL
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.begin]
 
 
 def row(setting: study.Setting, seed: int, perplexity: float) -> study.Row:

@@ -36,7 +36,7 @@ from tests.tiny_llama import (
 )
 from tests.work import CountCalls, PeakMemory, WindowCounter, count_flops
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.begin]
 
 WIDTH = 512
 ROWS, BATCHES = 96, 8

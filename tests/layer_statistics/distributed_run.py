@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-One process of a distributed calibration, started by ``test_processes.py``:
+Distributed calibrations for ``test_processes.py``: python distributed_run.py SECONDS
 
-    torchrun --nproc-per-node 2 distributed_run.py JOB.json
+For each ``JOB.json`` named on standard input it starts what torchrun starts, an agent
+and two processes that this one has imported everything for: that takes ten times what a
+job does. The answer is a line of JSON: ``returncode`` and ``stderr``.
 
 ``JOB.json``: ``model`` and ``dtype`` to load it in, ``recipe``: fields of
 ``NBLModifier``, ``quantize``: whether GPTQ follows, ``output``, and ``sabotage``, what
@@ -12,7 +14,11 @@ owns (``solve``), or dies (``crash``). With ``same`` all processes have the same
 
 import json
 import os
+import signal
 import sys
+import tempfile
+import traceback
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +29,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import torch.distributed as dist
 from llmcompressor.modifiers.quantization import GPTQModifier
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForCausalLM
 
 from nbl_modifier import NBLModifier
@@ -54,9 +62,9 @@ def sabotage(kind: str | None) -> None:
         patched.finalize = broken_finalize
 
 
-def main() -> None:
+def calibrate(path: str) -> None:
     """Calibrate on this process's part of the rows, save in the first."""
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = json.loads(Path(path).read_text())
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -91,5 +99,51 @@ def main() -> None:
     dist.destroy_process_group()
 
 
+def shown(path: str) -> None:
+    """Calibrate; show an error where a script shows it."""
+    try:
+        calibrate(path)
+    except BaseException:
+        traceback.print_exc()
+        raise
+
+
+def launch(path: str) -> None:
+    """Be torchrun --standalone --nproc-per-node 2."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+    elastic_launch(config, shown)(path)
+
+
+def run(path: str, seconds: int) -> dict[str, Any]:
+    """Return how a job ends, by a signal if it takes too long."""
+    with tempfile.TemporaryFile("w+") as errors:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(seconds)
+            os.dup2(errors.fileno(), sys.stderr.fileno())
+            try:
+                launch(path)
+            except ChildFailedError:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        errors.seek(0)
+        return {"returncode": code, "stderr": errors.read()}
+
+
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)  # threads do not survive a fork
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what is logged is no answer
+    for line in sys.stdin:
+        print(json.dumps(run(line.strip(), int(sys.argv[1]))), file=answers, flush=True)

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,38 @@ ROOT = Path(__file__).parents[2]
 # Several times what it takes on two busy cores; gloo itself waits half an hour.
 TIMEOUT_SECONDS = 240
 
-Start = Callable[..., "subprocess.CompletedProcess[str]"]
+Start = Callable[..., "Ended"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """
+    How a run ended.
+
+    :param returncode: of the agent, as of torchrun
+    :param stderr: of all its processes
+    """
+
+    returncode: int
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def launcher() -> Iterator[subprocess.Popen[str]]:
+    """Return the process that starts the two of each run."""
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(TIMEOUT_SECONDS)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
 
 
 @pytest.fixture
-def start(llama: Path, tmp_path: Path) -> Start:
-    """Return a function that runs the script in two processes."""
+def start(llama: Path, tmp_path: Path, launcher: subprocess.Popen[str]) -> Start:
+    """Return a function that calibrates in two processes."""
 
     def run(
         output: str = "out",
@@ -39,7 +66,7 @@ def start(llama: Path, tmp_path: Path) -> Start:
         quantize: bool = False,
         sabotage: str | None = None,
         **recipe: Any,
-    ) -> subprocess.CompletedProcess[str]:
+    ) -> Ended:
         job = tmp_path / "job.json"
         job.write_text(
             json.dumps(
@@ -53,14 +80,10 @@ def start(llama: Path, tmp_path: Path) -> Start:
                 }
             )
         )
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return subprocess.run(
-            [*torchrun, "--nproc-per-node", "2", str(SCRIPT), str(job)],
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-        )
+        assert launcher.stdin is not None
+        assert launcher.stdout is not None
+        print(job, file=launcher.stdin, flush=True)
+        return Ended(**json.loads(launcher.stdout.readline()))
 
     return run
 

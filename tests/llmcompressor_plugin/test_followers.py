@@ -118,7 +118,7 @@ def composed(
     nbl = NBLModifier(layers=list(case.layers), input=case.kind)
     recipe = [nbl, *follower.make()]
     folder = tmp_path_factory.mktemp("composed") / "out"
-    compress(model, recipe, rows, output_dir=str(folder))
+    compress(model, recipe, rows, batch_size=4, output_dir=str(folder))
     return Composed(case, model, folder, removed)
 
 
@@ -244,7 +244,8 @@ def test_other_families(
     model = load(tiny_models(family))
     nbl = NBLModifier(layers=[1, 2], input=ARCHITECTURES[family].inputs[0])
     folder = tmp_path / "out"
-    compress(model, [nbl, *FOLLOWERS[recipe].make()], rows, output_dir=str(folder))
+    recipes = [nbl, *FOLLOWERS[recipe].make()]
+    compress(model, recipes, rows, batch_size=4, output_dir=str(folder))
     assert linearized(model) == [1, 2]
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

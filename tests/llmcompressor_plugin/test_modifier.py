@@ -116,14 +116,14 @@ def activations(
         keep = torch.tensor(counts).nonzero().flatten()
         # on a CPU without bfloat16 rounded as in the run, which is compared bit for bit
         with torch.no_grad(), FastProducts():
-            model(torch.tensor([tokens]), use_cache=False)
+            model.model(torch.tensor([tokens]), use_cache=False)
     return [Activations(*map(np.concatenate, found.values())) for found in seen]
 
 
 def assert_map(
     model: Model, index: int, X: np.ndarray, Y: np.ndarray, tolerance: float
-) -> None:
-    """Assert that layer ``index`` of ``model`` is the LMMSE map from X to Y."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Assert that a layer of ``model`` is the LMMSE map from X to Y; return that."""
     linear = model.model.layers[index].self_attn.linear
     W, b = oracle.lmmse(X, Y)
     weight = linear.weight.detach().double().numpy()
@@ -132,6 +132,7 @@ def assert_map(
     mean = weight @ X.mean(0) + linear.bias.detach().double().numpy()
     scale = np.linalg.norm(b) + np.linalg.norm(W) * np.linalg.norm(X.mean(0))
     assert np.linalg.norm(mean - Y.mean(0)) <= tolerance * scale
+    return W, b
 
 
 def gptq(**fields: Any) -> GPTQModifier:
@@ -218,8 +219,7 @@ def test_paper_mode_is_the_papers_algorithms_on_a_trained_model(
     for layer in report.layers:
         assert layer.cca_bound == pytest.approx(bounds[layer.index], rel=1e-6)
         seen = plain[layer.index]
-        assert_map(model, layer.index, seen.residual, seen.output, 1e-6)
-        W, b = oracle.lmmse(seen.residual, seen.output)
+        W, b = assert_map(model, layer.index, seen.residual, seen.output, 1e-6)
         # b = E[y] - W E[x] is a difference: 1e-6 of its terms
         linear = model.model.layers[layer.index].self_attn.linear
         terms = np.linalg.norm(seen.output.mean(0))

@@ -37,7 +37,8 @@ from tests.work import count_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LAYERS = [0, 2, 3, 4, 8, 9, 11, 15]
+# In the second half: a step runs the model from the first of them on.
+LAYERS = [8, 9, 11, 15]
 NUM_LAYERS = 16
 
 
@@ -61,7 +62,7 @@ def distilled(report: NBLReport) -> float:
 def source() -> Dataset:
     """Return Python source for the demo model."""
     texts = stdlib_texts("calibration")
-    return pack(texts, demo_tokenizer(), seq_length=128, num_sequences=48)
+    return pack(texts, demo_tokenizer(), seq_length=128, num_sequences=32)
 
 
 def only(layers: list[int]) -> dict[str, Any]:
@@ -79,8 +80,10 @@ def test_a_trained_model_comes_nearer_to_the_original(
 ) -> None:
     """On windows that nothing was trained on, by maps and norms alone."""
     fields = {**only(LAYERS), "refit": True, **fields}
-    before, _ = run(load(DEMO_MODEL), source, criterion="kl", **fields)
-    after, report = run(load(DEMO_MODEL), source, distill={"epochs": 2}, **fields)
+    # windows are held out here, too, and there is no trial that costs anything
+    before, _ = run(load(DEMO_MODEL), source, max_nmse=1e6, **fields)
+    fields |= {"distill": {"epochs": 2, "rate": 0.06}}
+    after, report = run(load(DEMO_MODEL), source, **fields)
     assert report.distill_epochs == 2
     assert report.heldout is not None
     assert report.heldout.refitted is not None
@@ -104,10 +107,11 @@ def test_a_trained_model_comes_nearer_to_the_original(
 
 
 def test_it_can_be_repeated(source: Dataset) -> None:
-    fields: dict[str, Any] = {"layers": [3, 8], "distill": {"epochs": 1}}
-    once, _ = run(load(DEMO_MODEL), source, **fields)
+    fields: dict[str, Any] = {"layers": [11, 13], "distill": {"epochs": 1}}
+    few = source.select(range(16))
+    once, _ = run(load(DEMO_MODEL), few, **fields)
     torch.rand(3)
-    again, _ = run(load(DEMO_MODEL), source, **fields)
+    again, _ = run(load(DEMO_MODEL), few, **fields)
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
@@ -349,7 +353,7 @@ def test_trained_gains_are_what_the_model_computes_with(
 
 def test_the_rate_finds_itself(source: Dataset, logged: list[str]) -> None:
     """It is of the size of those tried, does what it does when given, and helps."""
-    fields: dict[str, Any] = {"layers": LAYERS, "distill": {"epochs": 2}}
+    fields: dict[str, Any] = {"layers": LAYERS, "distill": {"epochs": 1}}
     found = run(load(DEMO_MODEL), source, **fields)[1]
     (said,) = (line for line in logged if line.startswith("NBL: distill: {rate"))
     rate = float(said.split("{rate: ")[1].split("}")[0])
@@ -358,7 +362,7 @@ def test_the_rate_finds_itself(source: Dataset, logged: list[str]) -> None:
         rate == pytest.approx(tried * math.sqrt(12 / windows), rel=0.05)
         for tried in RATES
     )
-    again = fields | {"distill": {"epochs": 2, "rate": rate}}
+    again = fields | {"distill": {"epochs": 1, "rate": rate}}
     given = run(load(DEMO_MODEL), source, **again)[1]
     assert distilled(found) == distilled(given)
     assert found.heldout is not None
