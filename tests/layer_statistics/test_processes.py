@@ -83,7 +83,9 @@ def start(llama: Path, tmp_path: Path, launcher: subprocess.Popen[str]) -> Start
         assert launcher.stdin is not None
         assert launcher.stdout is not None
         print(job, file=launcher.stdin, flush=True)
-        return Ended(**json.loads(launcher.stdout.readline()))
+        # before the first answer stands what imports log
+        answer = next(line for line in launcher.stdout if line.startswith("{"))
+        return Ended(**json.loads(answer))
 
     return run
 
