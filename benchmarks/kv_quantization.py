@@ -179,6 +179,8 @@ def capacity(folder: Path, name: str) -> int:
         max_model_len=MAX_LENGTH,
         block_size=BLOCK_SIZE,
     ).create_engine_config()
+    # TurboQuant's only one; blocks are as large in any.
+    engine.cache_config.kv_cache_layout = "LBNHC"
     config = engine.model_config.hf_config
     quantizes = {"int8_per_token_head": torch.int8}
     specs = {}
@@ -327,6 +329,7 @@ def main() -> None:
     add("--json", type=Path)
     args = parser.parse_args()
 
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to stdout
     from transformers import AutoTokenizer
 
     models = {"base": args.model}
