@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
-import nbl_modifier.llmcompressor_plugin.measuring
+import nbl_modifier.llmcompressor_plugin.switches
 from nbl_modifier import NBLModifier
 from nbl_modifier.calibration.observer import LayerObserver
 from tests.followers import FAMILIES, FOLLOWERS, TinyModels
@@ -109,7 +109,7 @@ def test_guard_without_the_fix(
     tiny_models: TinyModels, rows: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        nbl_modifier.llmcompressor_plugin.measuring, "keep_causal_mask", lambda: None
+        nbl_modifier.llmcompressor_plugin.switches, "keep_causal_mask", lambda: None
     )
     with pytest.raises(RuntimeError, match=r"layers\.0.*ran without a causal mask"):
         compress(load(tiny_models("mistral")), NBLModifier(num_layers=1), rows)
@@ -311,7 +311,7 @@ def test_later_modifiers_do_not_notice_the_skipped_pass(
 
     once, calls_once = weights()
     monkeypatch.setattr(
-        nbl_modifier.llmcompressor_plugin.measuring, "running_oneshot", lambda: None
+        nbl_modifier.llmcompressor_plugin.switches, "running_oneshot", lambda: None
     )
     twice, calls_twice = weights()
     assert calls_twice == calls_once + len(rows)
