@@ -34,10 +34,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))
-# Read when the packages are imported: no progress bars and logs of the timed runs.
-os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if __name__ == "__main__":
+    # Read when the packages are imported: no progress bars and logs of the timed runs.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from datasets import Dataset

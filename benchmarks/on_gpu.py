@@ -120,7 +120,7 @@ def _stop(process: subprocess.Popen[str]) -> tuple[str, str]:
 def _in_this_process(kit: Kit, part: Part) -> tuple[int | None, str, str]:
     script, *arguments = kit.command(part)
     output, errors = io.StringIO(), io.StringIO()
-    before = sys.argv
+    before, environment = sys.argv, dict(os.environ)
     code: Any = 0
     try:
         sys.argv = [script, *arguments]
@@ -130,6 +130,8 @@ def _in_this_process(kit: Kit, part: Part) -> tuple[int | None, str, str]:
         code = end.code or 0
     finally:
         sys.argv = before
+        os.environ.clear()  # scripts set what their packages read
+        os.environ.update(environment)
     return code, output.getvalue(), errors.getvalue()
 
 
