@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
-from compressed_tensors.offload import update_offload_parameter
+from compressed_tensors.offload import disable_onloading, update_offload_parameter
 from loguru import logger
 from torch import Tensor, nn
 
@@ -306,7 +306,9 @@ class Distillation:
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         """Ask for no gradient of the model's own weights while the context lasts."""
-        weights = [w for w in self._forward.parameters() if w.requires_grad]
+        # of an offloaded weight the one that is kept, not a copy that computes
+        with disable_onloading():
+            weights = [w for w in self._forward.parameters() if w.requires_grad]
         for weight in weights:
             weight.requires_grad_(False)
         try:

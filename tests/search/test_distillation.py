@@ -163,8 +163,18 @@ def test_every_kind_of_map_and_family(
 
 
 def test_offloaded_models(llama: Path, rows: Dataset, tmp_path: Path) -> None:
+    """And no gradient of their weights is asked for, which would be in memory."""
+    asked: set[bool] = set()
+
+    def look(module: Any, *_: object) -> None:
+        if torch.is_grad_enabled():
+            asked.add(module.weight.requires_grad)
+
     fields: dict[str, Any] = {"layers": [1, 3], "distill": {"epochs": 1}}
-    _, there = run(load_on_disk(llama, tmp_path), rows, **fields)
+    model = load_on_disk(llama, tmp_path)
+    model.model.layers[2].mlp.up_proj.register_forward_hook(look)
+    _, there = run(model, rows, **fields)
+    assert asked == {False}
     _, here = run(load(llama), rows, **fields)
     assert distilled(there) == pytest.approx(distilled(here), rel=1e-6)
 
