@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 # A progress bar appears only when an evaluation takes longer than this.
 _PROGRESS_DELAY_SECONDS = 5.0
-# Positions whose logits are in float32 at a time. All of a window's would be the peak
-# in memory: of 262,144 tokens each, 2 GB for 2,048 of them, twice.
-_POSITIONS = 512
+# Logits in float32 at a time, 16 MB. Memory for all of a window's, 2 GB of 2,048
+# positions with 262,144 tokens each, would come anew from the system each time, and its
+# pages take longer to come than what is computed in them.
+_LOGITS = 2**22
 
 
 @dataclass(frozen=True)
@@ -154,13 +155,23 @@ def _nlls(
     ).logits  # [rows, length, vocabulary]
     nlls = []
     for row, row_logits in zip(rows, logits, strict=True):
+        size = positions_at_a_time(row_logits.shape[-1])
         parts = zip(
-            row_logits[: len(row) - 1].split(_POSITIONS),
-            row[1:].to(row_logits.device).split(_POSITIONS),
+            row_logits[: len(row) - 1].split(size),
+            row[1:].to(row_logits.device).split(size),
             strict=True,
         )
         nlls.append(torch.cat([_nll(*part) for part in parts]).cpu())
     return nlls
+
+
+def positions_at_a_time(vocabulary: int) -> int:
+    """
+    Return for how many positions logits are turned to float32 together.
+
+    :param vocabulary: logits of each position
+    """
+    return max(1, _LOGITS // vocabulary)
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
