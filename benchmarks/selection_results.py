@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.methods import with_error
 from benchmarks.selection_settings import NAMED, PAPER, Setting
 
 
@@ -75,10 +74,10 @@ def mean_and_error(values: Sequence[float]) -> str:
     """Return mean and standard error over seeds as text."""
     if not values:
         return ""
-    error = None
-    if len(values) > 1:
-        error = statistics.stdev(values) / math.sqrt(len(values))
-    return with_error(statistics.fmean(values), error)
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.4f}"
+    return f"{mean:.4f} ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
