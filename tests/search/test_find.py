@@ -42,6 +42,17 @@ def options(criterion: str = "nmse", **more: object) -> SearchOptions:
     return SearchOptions(criterion=criterion, budget=budget, **more)  # type: ignore[arg-type]
 
 
+def test_the_criterion_asked_for_ranks(llama: Path, rows: Dataset) -> None:
+    """Not the one by which replacements are held, as long as all are."""
+    measured = passes(observed(llama), rows).estimate(range(4))
+    orders = []
+    for name in ("cca_bound", "nmse", "cosine"):
+        figures = {i: getattr(each, name) for i, each in measured.measured.items()}
+        orders.append(sorted(figures, key=figures.__getitem__))
+        assert find_replacements(measured, options(name)).order == orders[-1]
+    assert len(set(map(tuple, orders))) > 1
+
+
 def test_statistics_alone_answer_without_running_the_model(
     llama: Path, rows: Dataset
 ) -> None:
