@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from nbl_modifier.numerics.logits import positions_at_a_time
 from nbl_modifier.numerics.products import FastProducts
 
 if TYPE_CHECKING:
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
 
 # A progress bar appears only when an evaluation takes longer than this.
 _PROGRESS_DELAY_SECONDS = 5.0
-# Logits in float32 at a time, 16 MB. Memory for all of a window's, 2 GB of 2,048
-# positions with 262,144 tokens each, would come anew from the system each time, and its
-# pages take longer to come than what is computed in them.
-_LOGITS = 2**22
 
 
 @dataclass(frozen=True)
@@ -163,15 +160,6 @@ def _nlls(
         )
         nlls.append(torch.cat([_nll(*part) for part in parts]).cpu())
     return nlls
-
-
-def positions_at_a_time(vocabulary: int) -> int:
-    """
-    Return for how many positions logits are turned to float32 together.
-
-    :param vocabulary: logits of each position
-    """
-    return max(1, _LOGITS // vocabulary)
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

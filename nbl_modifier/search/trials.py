@@ -19,13 +19,10 @@ from torch.nn.functional import kl_div, nll_loss
 
 from nbl_modifier.architectures import Architecture
 from nbl_modifier.calibration.forward import PartialForward
-from nbl_modifier.evaluation.perplexity import (
-    PerplexityResult,
-    positions_at_a_time,
-    summarize,
-)
+from nbl_modifier.evaluation.perplexity import PerplexityResult, summarize
 from nbl_modifier.layer_statistics.processes import Ranks
 from nbl_modifier.layer_statistics.windows import Windows
+from nbl_modifier.numerics.logits import positions_at_a_time
 from nbl_modifier.replacement.surgery import Replacement, replaced
 
 __all__ = ["OriginalLogits", "Target", "Trial", "Trials", "divergence", "target_tokens"]
@@ -276,7 +273,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None, None
+        return gradient.mul_(grads[0]), None, None  # as large as the logits: no copy
 
 
 @dataclass
