@@ -142,7 +142,7 @@ class Tables:
                 pairs = zip(paper, kept, strict=True) if len(paper) == len(kept) else ()
                 row.append(mean_and_error([(p - k) / (p - 1) for p, k in pairs]))
             rows.append(row)
-        return table(["part kept", *(f"m = {m}" for m in layers)], rows)
+        return table(["loss avoided", *(f"m = {m}" for m in layers)], rows)
 
     def over(
         self, name: str, values: Mapping[str, tuple[Setting, int | None]], m: int
