@@ -38,9 +38,14 @@ export TOKENIZERS_PARALLELISM ?= false
 # Small models on many threads spend their time waiting for each other, and all of it
 # when several processes do so at once.
 export OMP_NUM_THREADS ?= 2
-# vLLM: its compiled artefacts stay in the project, 1 GiB of KV cache is plenty for
-# the demo model, and no core is claimed that another process may be using.
-export VLLM_CACHE_ROOT ?= $(abspath $(CACHE_DIR)/vllm)
+# Compiled artefacts stay in the project. What torch compiles is for vectors of this CPU,
+# and its cache does not know: kernels for AVX-512 compute nonsense where a variable
+# asks torch for AVX2.
+COMPILED := $(abspath $(CACHE_DIR)/compiled$(addprefix -,$(ATEN_CPU_CAPABILITY)))
+export TORCHINDUCTOR_CACHE_DIR ?= $(COMPILED)/torch
+export VLLM_CACHE_ROOT ?= $(COMPILED)/vllm
+# vLLM: 1 GiB of KV cache is plenty for the demo model, and no core is claimed that
+# another process may be using.
 export VLLM_NO_USAGE_STATS ?= 1
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_CPU_OMP_THREADS_BIND ?= nobind

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/serving_load.py, large_model.py and layer_cost.py: what needs no hour."""
+"""benchmarks/serving_load.py, large_model.py, layer_cost.py, logits.py: short parts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import large_model, layer_cost, serving_load
+from benchmarks import large_model, layer_cost, logits, serving_load
 from nbl_modifier.kv_cache import KVCache
 from tests.tiny_llama import DEMO_MODEL, demo_tokenizer, load
 
@@ -85,3 +85,15 @@ def test_growth_with_width_is_that_of_the_operations() -> None:
     assert large.forward(2048, 2048) == pytest.approx(
         2 * 2048 * weights + 4 * 4096 * 2048 * 2049 / 2
     )
+
+
+def test_parts_of_logits_give_the_same_gradient() -> None:
+    """As small ones as that, and all at once."""
+    original = torch.randn(1, 9, 50)
+    gradients = []
+    for at_a_time in (100, 10_000):
+        each = torch.randn(1, 9, 50, generator=torch.manual_seed(0), requires_grad=True)
+        assert logits.seconds(each, original, at_a_time) > 0
+        assert each.grad is not None
+        gradients.append(each.grad)
+    assert torch.allclose(gradients[0], gradients[1], rtol=0, atol=1e-7)

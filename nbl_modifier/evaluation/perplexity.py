@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from nbl_modifier.numerics.logits import positions_at_a_time
 from nbl_modifier.numerics.products import FastProducts
 
 if TYPE_CHECKING:
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 
 # A progress bar appears only when an evaluation takes longer than this.
 _PROGRESS_DELAY_SECONDS = 5.0
-# Positions whose logits are in float32 at a time. All of a window's would be the peak
-# in memory: of 262,144 tokens each, 2 GB for 2,048 of them, twice.
-_POSITIONS = 512
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,6 @@ class PerplexityResult:
         return paired.perplexity, paired.perplexity * paired.nll_standard_error
 
 
-@torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
     windows: Sequence[Mapping[str, Any]] | Sequence[Sequence[int]] | torch.Tensor,
@@ -76,13 +73,35 @@ def perplexity(
     """
     Return the perplexity of ``model`` on ``windows``.
 
-    Logits are turned to float32, sums are kept in float64. Windows may differ in
-    length; those without two tokens are left out. The model's train or eval mode is
-    left as it was. Modules that llm-compressor offloads are used as they are.
+    Sums are kept in float64. Windows may differ in length; those without two tokens are
+    left out. For the model see :func:`token_nlls`.
 
     :param model: causal language model, on any device or offloaded
     :param windows: rows with ``input_ids``, token lists, or ``[num_windows, length]``
     :param batch_size: windows per forward pass
+    :raises ValueError: if there is no window, or none with two tokens
+    """
+    nlls = token_nlls(model, windows, batch_size)
+    sums = [nll.double().sum().item() for nll in nlls]
+    return summarize(sums, [len(nll) for nll in nlls])
+
+
+@torch.no_grad()
+def token_nlls(
+    model: PreTrainedModel,
+    windows: Sequence[Mapping[str, Any]] | Sequence[Sequence[int]] | torch.Tensor,
+    batch_size: int = 8,
+) -> list[torch.Tensor]:
+    """
+    Return the negative log-likelihood of every token but the first of each window.
+
+    Logits are turned to float32. The model's train or eval mode is left as it was.
+    Modules that llm-compressor offloads are used as they are.
+
+    :param model: causal language model, on any device or offloaded
+    :param windows: as in :func:`perplexity`; those without two tokens are left out
+    :param batch_size: windows per forward pass
+    :return: in nats, float32 on the CPU, of each window ``[length - 1]``
     :raises ValueError: if there is no window, or none with two tokens
     """
     from tqdm import tqdm
@@ -95,15 +114,13 @@ def perplexity(
             "one window of two tokens."
         )
     starts = range(0, len(rows), batch_size)
-    nll_sums, counts = [], []
+    nlls: list[torch.Tensor] = []
     with evaluation_mode(model), FastProducts():
         device = _input_device(model)
         bar = tqdm(starts, "perplexity", leave=False, delay=_PROGRESS_DELAY_SECONDS)
         for start in bar:
-            batch = rows[start : start + batch_size]
-            nll_sums += _nll_sums(model, batch, device)
-            counts += [len(row) - 1 for row in batch]
-    return summarize(nll_sums, counts)
+            nlls += _nlls(model, rows[start : start + batch_size], device)
+    return nlls
 
 
 def _input_device(model: PreTrainedModel) -> torch.device:
@@ -117,11 +134,11 @@ def _token_ids(window: Any) -> torch.Tensor:
     return torch.as_tensor(ids, dtype=torch.long)
 
 
-def _nll_sums(
+def _nlls(
     model: PreTrainedModel, rows: list[torch.Tensor], device: torch.device
-) -> list[float]:
+) -> list[torch.Tensor]:
     """
-    Return the negative log-likelihood of each row in nats, summed over its tokens.
+    Return the negative log-likelihoods of each row's tokens in nats, on the CPU.
 
     :param rows: token ids, each ``[length]``; padded on the right to a common length
     """
@@ -133,21 +150,20 @@ def _nll_sums(
         attention_mask=mask.long().to(device),
         use_cache=False,
     ).logits  # [rows, length, vocabulary]
-    sums = []
+    nlls = []
     for row, row_logits in zip(rows, logits, strict=True):
-        targets = row[1:].to(row_logits.device)
+        size = positions_at_a_time(row_logits.shape[-1])
         parts = zip(
-            row_logits[: len(row) - 1].split(_POSITIONS),
-            targets.split(_POSITIONS),
+            row_logits[: len(row) - 1].split(size),
+            row[1:].to(row_logits.device).split(size),
             strict=True,
         )
-        sums.append(sum(_nll(predicted, wanted) for predicted, wanted in parts))
-    return sums
+        nlls.append(torch.cat([_nll(*part) for part in parts]).cpu())
+    return nlls
 
 
-def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
-    nll = cross_entropy(logits.float(), targets, reduction="none")
-    return nll.double().sum().item()
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(logits.float(), targets, reduction="none")
 
 
 def summarize(nll_sums: list[float], counts: list[int]) -> PerplexityResult:

@@ -5,7 +5,7 @@ Predictions held against the tokens that came, and against the original model's.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,9 @@ from torch.nn.functional import kl_div, nll_loss
 
 from nbl_modifier.evaluation.perplexity import PerplexityResult, summarize
 from nbl_modifier.layer_statistics.windows import Windows
+from nbl_modifier.numerics.logits import positions_at_a_time
 
 __all__ = ["Sums", "Target", "divergence", "target_tokens"]
-
-# Rows of logits in float32 at a time: of 128,000 tokens each, a quarter of a gigabyte.
-_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -36,15 +34,17 @@ class Target:
     positions: Tensor
     tokens: Tensor
 
-    def chunks(self) -> Iterable[tuple[Tensor, Tensor]]:
+    def chunks(self, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """
-        Return the positions that predict, and what they should, part by part.
+        Yield positions that predict, and what they should, ``[targets]``, in parts.
 
-        :return: pairs of ``[targets]``, of ``_ROWS`` targets at most
+        :param logits: of the batch, ``[batch, tokens, vocabulary]``, on any device
         """
-        return zip(
-            (self.positions - 1).split(_ROWS), self.tokens.split(_ROWS), strict=True
-        )
+        size = positions_at_a_time(logits.shape[-1])
+        for positions, tokens in zip(
+            (self.positions - 1).split(size), self.tokens.split(size), strict=True
+        ):
+            yield positions.to(logits.device), tokens.to(logits.device)
 
 
 def target_tokens(windows: Windows, number: int) -> list[Target]:
@@ -71,41 +71,43 @@ def divergence(targets: Iterable[Target], logits: Tensor, original: Tensor) -> T
     :param original: the same of the original model
     :return: in nats, float32, a scalar
     """
-    parts = []
-    for target in targets:
-        for positions, _ in target.chunks():
-            at = positions.to(logits.device)
-            of_part = logits[target.row, at], original[target.row, at]
-            part: Tensor = _Divergence.apply(*of_part)
-            parts.append(part)
-    return torch.stack(parts).sum()
+    summed: Tensor = _Divergence.apply(logits, original, targets)
+    return summed
 
 
 class _Divergence(torch.autograd.Function):
     """
-    Divergence of predictions from the original ones, ``[tokens, vocabulary]`` each.
+    The divergence, with its gradient by the logits.
 
-    Its gradient, the difference of both distributions, is there when the divergence is:
+    The gradient, the difference of both distributions, is there when the divergence is:
     kept in the dtype of the logits, no part has to be computed again, or be kept in
     float32, for backward.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, original: Tensor) -> Tensor:
-        predicted = logits.float().log_softmax(-1)
-        reference = original.float().log_softmax(-1)
-        probabilities = reference.exp()
-        apart = reference.sub_(predicted)
-        summed = torch.dot(probabilities.flatten(), apart.flatten())
-        if ctx.needs_input_grad[0]:
-            gradient = predicted.exp_().sub_(probabilities)
-            ctx.save_for_backward(gradient.to(logits.dtype))
+    def forward(
+        ctx: Any, logits: Tensor, original: Tensor, targets: Iterable[Target]
+    ) -> Tensor:
+        gradient = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
+        summed = logits.new_zeros((), dtype=torch.float32)
+        for target in targets:
+            for at, _ in target.chunks(logits):
+                predicted = logits[target.row, at].float().log_softmax(-1)
+                reference = original[target.row, at].float().log_softmax(-1)
+                probabilities = reference.exp()
+                apart = reference.sub_(predicted)
+                summed += torch.dot(probabilities.flatten(), apart.flatten())
+                if gradient is not None:
+                    difference = predicted.exp_().sub_(probabilities)
+                    gradient[target.row, at] = difference.to(logits.dtype)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
         return summed
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0].to(gradient.dtype), None
+        return gradient.mul_(grads[0]), None, None  # as large as the logits: no copy
 
 
 @dataclass
@@ -134,11 +136,8 @@ class Sums:
         """
         for target in targets:
             nll = kl = 0.0
-            for positions, tokens in target.chunks():
-                at = positions.to(logits.device)
-                # a part at a time: in float32 all of them would be the peak in memory
+            for at, wanted in target.chunks(logits):
                 predicted = logits[target.row, at].float().log_softmax(-1)
-                wanted = tokens.to(logits.device)
                 nll += _total(nll_loss(predicted, wanted, reduction="none"))
                 if original is not None:
                     reference = original[target.row, at].float().log_softmax(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -215,7 +216,9 @@ def test_two_processes_search_as_one_does(
         ("nan", "process 1 of 2: NonFiniteError: model.layers.2.self_attn: "),
         ("solve", "process 1 of 2: ValueError: model.layers.1.self_attn: no solution"),
         ("same", "processes 0 and 1 calibrate on the same samples"),
-        ("crash", "exitcode  : 7"),
+        # whichever process the agent misses first: the one that died, or the one that
+        # lost it
+        ("crash", "exitcode  : 7|Check the logs of the remote worker"),
     ],
 )
 def test_a_failed_process_ends_the_run(
@@ -226,5 +229,5 @@ def test_a_failed_process_ends_the_run(
     result = start(num_layers=2, sabotage=sabotage)
     assert time.monotonic() - started_at < TIMEOUT_SECONDS
     assert result.returncode != 0
-    assert message in result.stderr
+    assert re.search(message, result.stderr)
     assert not (tmp_path / "out" / "config.json").exists()

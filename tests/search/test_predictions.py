@@ -42,11 +42,12 @@ def test_divergence_is_that_of_the_predictions_that_count() -> None:
     torch.testing.assert_close(logits.grad, plain.grad)
 
 
-@pytest.mark.parametrize("rows", [512, 7])
+@pytest.mark.parametrize("positions", [512, 7])
 def test_sums_are_those_of_each_window(
-    monkeypatch: pytest.MonkeyPatch, rows: int
+    monkeypatch: pytest.MonkeyPatch, positions: int
 ) -> None:
-    monkeypatch.setattr("nbl_modifier.search.predictions._ROWS", rows)
+    at_a_time = "nbl_modifier.numerics.logits.LOGITS_AT_A_TIME"
+    monkeypatch.setattr(at_a_time, positions * 128)
     windows = Windows(padded_batches(1))
     logits, original = two_predictions()
     sums, targets = Sums(), target_tokens(windows, 0)

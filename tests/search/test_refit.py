@@ -67,7 +67,7 @@ def test_refit_leads_back_to_the_original_stream(
 def test_refit_helps_a_trained_model() -> None:
     """On text that nothing was fitted on, eight of sixteen layers replaced."""
     texts = stdlib_texts("calibration")
-    many = pack(texts, demo_tokenizer(), seq_length=256, num_sequences=128)
+    many = pack(texts, demo_tokenizer(), seq_length=256, num_sequences=64)
     layers = [0, 2, 3, 4, 8, 9, 11, 15]
     names = [f"model.layers.{index}.self_attn" for index in layers]
     fields: dict[str, Any] = {"criterion": "loss", "refit": True}
