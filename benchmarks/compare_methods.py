@@ -24,7 +24,11 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
-from methods import (  # type: ignore[import-not-found]  # beside this script
+from transformers import AutoTokenizer, PreTrainedModel
+
+sys.path.append(str(Path(__file__).parents[1]))
+import nbl_modifier.hf
+from benchmarks.methods import (
     BASE,
     BEST,
     PAPER,
@@ -36,13 +40,7 @@ from methods import (  # type: ignore[import-not-found]  # beside this script
     slug,
     with_error,
 )
-from slicegpt import (  # type: ignore[import-not-found]  # beside this script
-    slice_model,
-    widest_within,
-)
-from transformers import AutoTokenizer, PreTrainedModel
-
-import nbl_modifier.hf
+from benchmarks.slicegpt import slice_model, widest_within
 from nbl_modifier import NBLModifier
 from nbl_modifier.cli.logs import show_ours_and_warnings
 from nbl_modifier.evaluation import (
@@ -224,25 +222,22 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model", default=str(MODEL))
+    add(
         "--m",
         default="2,4,6,8",
         type=lambda text: [int(part) for part in text.split(",")],
         help="how many layers to replace, separated by commas",
     )
-    parser.add_argument(
-        "--methods", nargs="+", choices=methods, default=methods, metavar="METHOD"
-    )
-    parser.add_argument("--num-samples", type=int, default=256)
-    parser.add_argument("--heldout-samples", type=int, default=256)
-    parser.add_argument("--seq-length", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--tasks", action="store_true", help="nbl evaluate's offline suite, too"
-    )
-    parser.add_argument("--output", type=Path, help="folder for table.md and rows.json")
+    add("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
+    add("--num-samples", type=int, default=256)
+    add("--heldout-samples", type=int, default=256)
+    add("--seq-length", type=int, default=256)
+    add("--batch-size", type=int, default=8)
+    add("--seed", type=int, default=0)
+    add("--tasks", action="store_true", help="nbl evaluate's offline suite, too")
+    add("--output", type=Path, help="folder for table.md and rows.json")
     return parser.parse_args()
 
 

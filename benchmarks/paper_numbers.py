@@ -8,13 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from methods import (  # type: ignore[import-not-found]  # beside this script
-    BASE,
-    BEST,
-    PAPER,
-)
-from paper_results import Cell, Results  # type: ignore[import-not-found]
-
+from benchmarks.methods import BASE, BEST, PAPER
+from benchmarks.paper_results import Cell, Results
 from nbl_modifier.evaluation import PerplexityResult, Score, TaskScores
 from nbl_modifier.evaluation.scores import pooled, ratio_score, stderr_of_sum
 from nbl_modifier.records.files import write_atomically

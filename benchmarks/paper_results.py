@@ -11,11 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from methods import (  # type: ignore[import-not-found]  # beside this script
-    BASE,
-    slug,
-)
-
+from benchmarks.methods import BASE, slug
 from nbl_modifier.records.files import write_atomically
 from nbl_modifier.records.provenance import collect_versions, utc_timestamp
 

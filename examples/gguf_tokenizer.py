@@ -110,15 +110,18 @@ TOKENIZERS: dict[tuple[str, str], Callable[[dict[str, int], dict[str, Any]], Any
 }
 
 
-def build_tokenizer(
-    fields: dict[str, Any], context_length: int
-) -> PreTrainedTokenizerFast:
+def build_tokenizer(metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     """
     Build the tokenizer that a GGUF describes.
 
-    :param fields: its ``tokenizer.ggml.*`` without that prefix, and ``chat_template``
-    :param context_length: tokens the model was made for
+    :param metadata: all its fields by name
     """
+    prefix = "tokenizer.ggml."
+    fields = {
+        name.removeprefix(prefix): value
+        for name, value in metadata.items()
+        if name.startswith(prefix)
+    }
     tokens, kinds = fields["tokens"], fields["token_type"]
     # Names such as [PAD151665] fill up the embedding; no text may become one.
     vocab = {
@@ -153,8 +156,8 @@ def build_tokenizer(
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=fields.get("chat_template"),
+        chat_template=metadata.get("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
-        model_max_length=context_length,
+        model_max_length=metadata[f"{metadata['general.architecture']}.context_length"],
         **named,
     )

@@ -192,17 +192,7 @@ def convert(gguf_file: Path, directory: Path) -> None:
     fields = {
         name: field.contents() for name, field in GGUFReader(gguf_file).fields.items()
     }
-    prefix = "tokenizer.ggml."
-    tokenizer_fields = {
-        name.removeprefix(prefix): value
-        for name, value in fields.items()
-        if name.startswith(prefix)
-    }
-    tokenizer_fields["chat_template"] = fields.get("tokenizer.chat_template")
-    architecture = fields["general.architecture"]
-    tokenizer = build_tokenizer(
-        tokenizer_fields, fields[f"{architecture}.context_length"]
-    )
+    tokenizer = build_tokenizer(fields)
     tokenizer.save_pretrained(directory)
 
     loaded = AutoModelForCausalLM.from_pretrained(

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "pageable_cache")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # demo.py is `make demo`, in two environments; the others have a test file each.
 OTHERS = (
-    *("demo.py", "train_demo_model.py", "lora_recovery.py"),
+    *("demo.py", "train_demo_model.py", "demo_training.py", "lora_recovery.py"),
     *("real_model.py", "gguf_tokenizer.py"),
 )
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.name not in OTHERS)

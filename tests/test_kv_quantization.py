@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What benchmarks/kv_quantization.py makes of keys and values."""
+"""What the formats of benchmarks/kv_quantization.py make of keys and values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kv_quantization import (
+from benchmarks.kv_formats import (
     Format,
     Quantizer,
     as_is,

@@ -3,38 +3,28 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import paper_numbers, paper_table, paper_tasks, paper_texts
 from nbl_modifier.evaluation import PerplexityResult, perplexity
 from nbl_modifier.evaluation.perplexity import summarize
+from nbl_modifier.evaluation.scores import ratio_score
 from nbl_modifier.evaluation.texts import stdlib_texts
 from nbl_modifier.records.methods import METHODS_FILE_NAME, MethodsTable
 from tests.tiny_llama import DEMO_MODEL, demo_tokenizer, load
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.begin]
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TASKS = ("arc_easy", "winogrande", "mmlu")
 PAPER, BEST, DROP, SLICED = "NBL (paper)", "NBL (best)", "DROP", "SliceGPT"
-
-
-@pytest.fixture(scope="module")
-def modules() -> Iterator[Any]:
-    """The scripts, which import each other by their names."""
-    names = ("paper_table", "paper_numbers", "paper_tasks", "paper_texts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield {name: importlib.import_module(name) for name in names}
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -98,7 +88,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(modules: Any, data: Path, output: Path, *arguments: str) -> int:
+def run(data: Path, output: Path, *arguments: str) -> int:
     """Run the script on the bundled model with few layers, windows and documents."""
     command = [
         *("paper_table.py", "--model", str(DEMO_MODEL), "--data", str(data)),
@@ -110,27 +100,25 @@ def run(modules: Any, data: Path, output: Path, *arguments: str) -> int:
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
-        return int(modules["paper_table"].main())
+        return int(paper_table.main())
 
 
 @pytest.fixture(scope="module")
-def finished(
-    modules: Any, data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of three methods at one number of layers."""
     output: Path = tmp_path_factory.mktemp("results")
     arguments = ("--methods", PAPER, DROP, SLICED, "--keep-checkpoints")
-    assert run(modules, data, output, *arguments, "--m", "2") == 0
+    assert run(data, output, *arguments, "--m", "2") == 0
     return output
 
 
 def test_the_best_at_fewer_layers_goes_on_from_the_best_at_more(
-    modules: Any, data: Path, tmp_path: Path
+    data: Path, tmp_path: Path
 ) -> None:
     """And is what it would have been by itself, weight for weight."""
     arguments = ("--methods", BEST, "--parts", "perplexity", "--keep-checkpoints")
-    assert run(modules, data, tmp_path / "both", *arguments) == 0
-    assert run(modules, data, tmp_path / "alone", *arguments, "--m", "1") == 0
+    assert run(data, tmp_path / "both", *arguments) == 0
+    assert run(data, tmp_path / "alone", *arguments, "--m", "1") == 0
     weights = [
         load(tmp_path / run_ / "NBL-best-m1" / "checkpoint").state_dict()
         for run_ in ("both", "alone")
@@ -163,7 +151,7 @@ def test_every_model_has_every_number(finished: Path) -> None:
     assert base.texts["code"].over_base == (1.0, 0.0)
 
 
-def test_numbers_are_those_of_the_checkpoints(finished: Path, modules: Any) -> None:
+def test_numbers_are_those_of_the_checkpoints(finished: Path) -> None:
     """Perplexity measured again, and the arithmetic of pairs done another way."""
     settings = json.loads((finished / "settings.json").read_text())
     command = json.loads((finished / "base" / "cell.json").read_text())["command"]
@@ -185,8 +173,7 @@ def test_numbers_are_those_of_the_checkpoints(finished: Path, modules: Any) -> N
     kept = perplexities["NBL-paper-m2"] - perplexities["DROP-m2"]
     assert recovered[0] == pytest.approx(kept / lost)
     checkpoint = load(finished / "DROP-m2" / "checkpoint")
-    texts = modules["paper_texts"]
-    windows = texts.load_windows(
+    windows = paper_texts.load_windows(
         ("code", _argument(finished, "--calibration").partition("=")[2]),
         [],
         demo_tokenizer(),
@@ -204,10 +191,9 @@ def _argument(folder: Path, option: str) -> str:
     return str(command[command.index(option) + 1])
 
 
-def test_error_of_what_is_recovered_is_that_of_many_draws(modules: Any) -> None:
+def test_error_of_what_is_recovered_is_that_of_many_draws() -> None:
     """Against the spread over draws of windows, three correlated models."""
     generator = torch.Generator().manual_seed(0)
-    numbers = modules["paper_numbers"]
 
     def draw() -> tuple[float, float]:
         shared = torch.randn(200, generator=generator, dtype=torch.float64)
@@ -216,11 +202,13 @@ def test_error_of_what_is_recovered_is_that_of_many_draws(modules: Any) -> None:
             own = torch.randn(200, generator=generator, dtype=torch.float64)
             nlls = 10 * (mean + 0.3 * shared + 0.05 * own)
             scores.append(
-                numbers.ratio_score((-nlls).tolist(), [10] * 200, "perplexity", False)
+                ratio_score((-nlls).tolist(), [10] * 200, "perplexity", False)
             )
         base, score, paper = scores
-        value = numbers.recovered(score, base, paper)
-        return float(value[0]), float(value[1])
+        value = paper_numbers.recovered(score, base, paper)
+        assert value is not None
+        assert value[1] is not None
+        return value[0], value[1]
 
     draws = [draw() for _ in range(400)]
     values = torch.tensor([value for value, _ in draws], dtype=torch.float64)
@@ -231,9 +219,7 @@ def test_error_of_what_is_recovered_is_that_of_many_draws(modules: Any) -> None:
     assert float(values.mean()) == pytest.approx(exact, abs=0.005)
 
 
-def test_only_what_is_missing_is_done_again(
-    finished: Path, modules: Any, data: Path
-) -> None:
+def test_only_what_is_missing_is_done_again(finished: Path, data: Path) -> None:
     cells = (finished / "base", *finished.glob("*-m2"))
     parts = [path for cell in cells for path in cell.glob("*.json")]
     before = {path: path.stat().st_mtime_ns for path in parts}
@@ -241,33 +227,31 @@ def test_only_what_is_missing_is_done_again(
     content = json.loads(gone.read_text())["result"]
     gone.unlink()
     arguments = ("--methods", PAPER, DROP, SLICED, "--keep-checkpoints")
-    assert run(modules, data, finished, *arguments, "--m", "2") == 0
+    assert run(data, finished, *arguments, "--m", "2") == 0
     assert json.loads(gone.read_text())["result"] == content
     changed = {p for p in parts if p.stat().st_mtime_ns != before[p]}
     assert changed == {gone}
 
 
-def test_other_settings_need_another_folder(
-    finished: Path, modules: Any, data: Path
-) -> None:
+def test_other_settings_need_another_folder(finished: Path, data: Path) -> None:
     with pytest.raises(ValueError, match="tasks_limit was 3 and is 2"):
-        run(modules, data, finished, "--tasks-limit", "2")
+        run(data, finished, "--tasks-limit", "2")
 
 
 def test_a_model_that_fails_does_not_stop_the_others(
-    modules: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SliceGPT has no budget without an NBL; the base model is there all the same."""
     arguments = ("--methods", SLICED, "--parts", "facts", "--m", "1")
-    assert run(modules, data, tmp_path, *arguments) == 1
+    assert run(data, tmp_path, *arguments) == 1
     assert "Run that first" in capsys.readouterr().err
     assert [row.method for row in table_in(tmp_path).rows] == ["base"]
 
 
 def test_table_and_figures(
-    finished: Path, modules: Any, data: Path, capsys: pytest.CaptureFixture[str]
+    finished: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(modules, data, finished, "--render") == 0
+    assert run(data, finished, "--render") == 0
     text = (finished / "table.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     for name in ("figure4.png", "figure6.png"):
@@ -281,14 +265,14 @@ def test_table_and_figures(
 
 
 def test_averages_are_of_the_tasks_that_are_there(
-    finished: Path, modules: Any, data: Path, tmp_path: Path
+    finished: Path, data: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "table"
     shutil.copytree(finished, folder)
     for path in folder.glob(f"*/task-{TASKS[0]}.json"):
         path.unlink()
     next(folder.glob(f"DROP-m2/task-{TASKS[1]}.json")).unlink()
-    assert run(modules, data, folder, "--render") == 0
+    assert run(data, folder, "--render") == 0
     table = table_in(folder)
     assert TASKS[0] not in table.measured_on
     for row in table.rows:
@@ -300,9 +284,7 @@ def test_averages_are_of_the_tasks_that_are_there(
         assert row.average[0] == pytest.approx(sum(left) / len(left))
 
 
-def test_no_document_is_calibrated_on_and_measured(
-    modules: Any, data: Path, tmp_path: Path
-) -> None:
+def test_no_document_is_calibrated_on_and_measured(data: Path, tmp_path: Path) -> None:
     texts = [
         f"unique{i:02d} = {i}\n" * 40
         for i in range(30)
@@ -311,7 +293,7 @@ def test_no_document_is_calibrated_on_and_measured(
     path = tmp_path / "text.json"
     path.write_text(json.dumps([{"text": text} for text in texts]))
     tokenizer = demo_tokenizer()
-    windows = modules["paper_texts"].load_windows(
+    windows = paper_texts.load_windows(
         ("text", str(path)),
         [],
         tokenizer,
@@ -336,9 +318,9 @@ def test_no_document_is_calibrated_on_and_measured(
     assert not calibrated & measured & names
 
 
-def test_too_little_text_is_refused(modules: Any, data: Path) -> None:
+def test_too_little_text_is_refused(data: Path) -> None:
     with pytest.raises(ValueError, match="windows where 100000 are asked for"):
-        modules["paper_texts"].load_windows(
+        paper_texts.load_windows(
             ("text", str(data / "text.json")),
             [],
             demo_tokenizer(),
@@ -349,11 +331,11 @@ def test_too_little_text_is_refused(modules: Any, data: Path) -> None:
         )
 
 
-def prompts_of(modules: Any, data: Path, folder: Path, name: str, shots: int) -> Any:
+def prompts_of(data: Path, folder: Path, name: str, shots: int) -> Any:
     """Return lm-eval's requests of one task: context and continuation."""
     from nbl_modifier.evaluation import load_tasks
 
-    tasks = modules["paper_tasks"].paper_tasks(data, folder, shots)
+    tasks = paper_tasks.paper_tasks(data, folder, shots)
     (task,) = load_tasks([tasks[name]])
     (object_,) = task.objects
     object_.set_config(key="num_fewshot", value=0)
@@ -361,8 +343,8 @@ def prompts_of(modules: Any, data: Path, folder: Path, name: str, shots: int) ->
     return [instance.args for instance in object_.instances]
 
 
-def test_examples_are_of_the_subject(modules: Any, data: Path, tmp_path: Path) -> None:
-    requests = prompts_of(modules, data, tmp_path, "mmlu", 2)
+def test_examples_are_of_the_subject(data: Path, tmp_path: Path) -> None:
+    requests = prompts_of(data, tmp_path, "mmlu", 2)
     assert len(requests) == 4 * 4
     for context, continuation in requests:
         question = context.rpartition("\n\n")[2]
@@ -376,26 +358,24 @@ def test_examples_are_of_the_subject(modules: Any, data: Path, tmp_path: Path) -
         assert context.count("Answer: ") == 2
 
 
-def test_no_examples_need_no_file_of_them(
-    modules: Any, data: Path, tmp_path: Path
-) -> None:
+def test_no_examples_need_no_file_of_them(data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     for path in data.glob("*.jsonl"):
         if path.name != "mmlu_dev.jsonl":
             (folder / path.name).write_bytes(path.read_bytes())
-    requests = prompts_of(modules, folder, tmp_path / "tasks", "mmlu", 0)
+    requests = prompts_of(folder, tmp_path / "tasks", "mmlu", 0)
     assert all("Answer: " not in context for context, _ in requests)
     with pytest.raises(FileNotFoundError, match=r"lacks mmlu_dev\.jsonl"):
-        modules["paper_tasks"].paper_tasks(folder, tmp_path / "tasks", 1)
+        paper_tasks.paper_tasks(folder, tmp_path / "tasks", 1)
     with pytest.raises(ValueError, match="3 examples of set_theory"):
-        modules["paper_tasks"].paper_tasks(data, tmp_path / "tasks", 4)
+        paper_tasks.paper_tasks(data, tmp_path / "tasks", 4)
 
 
 def test_winogrande_scores_the_ending_after_each_beginning(
-    modules: Any, data: Path, tmp_path: Path
+    data: Path, tmp_path: Path
 ) -> None:
-    requests = prompts_of(modules, data, tmp_path, "winogrande", 0)
+    requests = prompts_of(data, tmp_path, "winogrande", 0)
     assert {continuation for _, continuation in requests} == {" was longer."}
     contexts = [context for context, _ in requests]
     assert contexts[0].endswith("because the list")
@@ -411,7 +391,5 @@ def test_winogrande_scores_the_ending_after_each_beginning(
         ("", False),
     ],
 )
-def test_an_answer_is_a_word_of_the_completion(
-    modules: Any, completion: str, right: bool
-) -> None:
-    assert modules["paper_texts"].is_right(completion, ("Paris",)) is right
+def test_an_answer_is_a_word_of_the_completion(completion: str, right: bool) -> None:
+    assert paper_texts.is_right(completion, ("Paris",)) is right

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import selection_study as study
+from benchmarks.selection_results import Row, Store, Tables, mean_and_error
+from benchmarks.selection_settings import BEST, NAMED, PAPER, Setting, criteria_settings
 from tests.tiny_llama import DEMO_MODEL
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.begin]
 
 
-def row(setting: study.Setting, seed: int, perplexity: float) -> study.Row:
-    return study.Row(
+def row(setting: Setting, seed: int, perplexity: float) -> Row:
+    return Row(
         model="model",
         seed=seed,
         num_windows=64,
@@ -31,16 +33,16 @@ def row(setting: study.Setting, seed: int, perplexity: float) -> study.Row:
 
 
 def test_means_and_errors_are_over_seeds() -> None:
-    assert study.mean_and_error([]) == ""
-    assert study.mean_and_error([1.5]) == "1.5000"
+    assert mean_and_error([]) == ""
+    assert mean_and_error([1.5]) == "1.5000"
     # standard deviation 0.1, over the root of three
-    assert study.mean_and_error([1.1, 1.2, 1.3]) == "1.2000 ± 0.0577"
+    assert mean_and_error([1.1, 1.2, 1.3]) == "1.2000 ± 0.0577"
 
 
 def test_tables() -> None:
-    rows = [row(study.PAPER, seed, 15.0 + seed) for seed in range(3)]
-    rows += [row(study.BEST, seed, 12.0) for seed in (2, 0, 1)]
-    tables = study.Tables(rows)
+    rows = [row(PAPER, seed, 15.0 + seed) for seed in range(3)]
+    rows += [row(BEST, seed, 12.0) for seed in (2, 0, 1)]
+    tables = Tables(rows)
     named = tables.named([4]).splitlines()
     assert named[2] == "| paper | 1.6000 ± 0.0577 |"
     assert named[3] == "| preset best | 1.2000 ± 0.0000 |"
@@ -50,15 +52,15 @@ def test_tables() -> None:
 
 def test_study_continues(tmp_path: Path) -> None:
     path = tmp_path / "study.json"
-    store = study.Store(path)
-    assert store.lacks(("model", 1, 64), study.PAPER, 4)
-    store.add([row(study.PAPER, 1, 15.0)])
-    again = study.Store(path)
+    store = Store(path)
+    assert store.lacks(("model", 1, 64), PAPER, 4)
+    store.add([row(PAPER, 1, 15.0)])
+    again = Store(path)
     assert again.rows == store.rows
-    assert not again.lacks(("model", 1, 64), study.PAPER, 4)
-    assert again.lacks(("model", 1, 64), study.PAPER, 3)
-    assert again.lacks(("model", 1, 64), replace(study.PAPER, rank=8), 4)
-    assert again.lacks(("model", 1, 32), study.PAPER, 4)
+    assert not again.lacks(("model", 1, 64), PAPER, 4)
+    assert again.lacks(("model", 1, 64), PAPER, 3)
+    assert again.lacks(("model", 1, 64), replace(PAPER, rank=8), 4)
+    assert again.lacks(("model", 1, 32), PAPER, 4)
 
 
 def test_one_study(
@@ -69,7 +71,7 @@ def test_one_study(
     from nbl_modifier.evaluation.texts import pack, stdlib_texts
     from tests.tiny_llama import compress, demo_tokenizer, load
 
-    few = [study.Setting("cosine", "greedy"), study.Setting("loss", refit=True)]
+    few = [Setting("cosine", "greedy"), Setting("loss", refit=True)]
     monkeypatch.setattr(study, "main_settings", lambda: few)
     arguments = "--m 1 --seeds 0 --num-windows 8 --sizes 4 --ranks 16 --test-windows 2"
     output = ["--json", str(tmp_path / "study.json")]
@@ -77,9 +79,9 @@ def test_one_study(
     monkeypatch.setattr(sys, "argv", [*argv, "--seq-length", "128"])
     assert study.main() == 0
     assert "| preset best |" in capsys.readouterr().out
-    rows = study.Store(tmp_path / "study.json").rows
-    assert {r.setting for r in rows} >= {*study.NAMED.values(), *few}
-    paper = next(r for r in rows if r.setting == study.PAPER and r.num_windows == 8)
+    rows = Store(tmp_path / "study.json").rows
+    assert {r.setting for r in rows} >= {*NAMED.values(), *few}
+    paper = next(r for r in rows if r.setting == PAPER and r.num_windows == 8)
     windows = pack(stdlib_texts("calibration"), demo_tokenizer(), 128, 8)
     fitted = windows.select([0, 1, 2, 4, 5, 6])  # batches of two, the third held out
     recipe = NBLModifier(num_layers=1)
@@ -114,6 +116,6 @@ def test_criteria_on_other_texts(
     printed = capsys.readouterr().out
     assert printed.count("| kl_angle | linear |") == 2
     assert printed.count("| cosine | drop |") == 2
-    found = study.Store(output).rows
-    assert len(found) == len(study.criteria_settings()) * 2 * 2 * 2
+    found = Store(output).rows
+    assert len(found) == len(criteria_settings()) * 2 * 2 * 2
     assert len({(row.text, row.base) for row in found}) == 2

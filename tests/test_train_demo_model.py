@@ -53,9 +53,9 @@ def train(output: Path, source: Path, *more: str, stop_at: int | None = None) ->
             raise KeyboardInterrupt
         return original(run)
 
-    names["Run"].train_step = train_step
     arguments = ("--output", str(output), "--source", str(source), *SIZES, *more)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(names["Run"], "train_step", train_step)
         patch.setattr(sys, "argv", ["train_demo_model.py", *arguments])
         assert names["main"]() == 0
 
