@@ -56,11 +56,11 @@ def test_sums_are_those_of_each_window(
     apart = (wanted.exp() * (wanted - logs)).sum(-1)
     tokens = windows.batches[0]["input_ids"]
     for row, first in enumerate((6, 1)):  # the first token that has one before it
-        positions = torch.arange(first, 24)
-        nll = -logs[row, positions - 1, tokens[row, first:]].sum()
+        behind = torch.arange(first, 24) - 1
+        nll = -logs[row, behind, tokens[row, first:]].sum()
         # of float32 logarithms, of about 5 each
         assert sums.nll[row] == pytest.approx(float(nll), rel=1e-6)
-        kl = apart[row, positions - 1].sum()
+        kl = apart[row, behind].sum()
         assert sums.kl[row] == pytest.approx(float(kl), rel=1e-5)
     assert sums.counts == [18, 23]
     assert sums.loss().nll_mean == pytest.approx(sum(sums.nll) / 41)
