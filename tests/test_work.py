@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from nbl_modifier import NBLModifier, numerics
 from nbl_modifier.calibration.phases import Settings, plan
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.layer_statistics import store
 from nbl_modifier.layer_statistics.moments import (
     HeldoutStatistics,

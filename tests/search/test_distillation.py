@@ -16,7 +16,8 @@ from torch.nn.functional import linear
 from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import architecture_of
 from nbl_modifier.calibration.forward import PartialForward, calling
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
 from nbl_modifier.layer_statistics.windows import Windows
 from nbl_modifier.records.compression import NBLReport
