@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -37,7 +38,29 @@ from nbl_modifier.replacement.surgery import Replacement
 from nbl_modifier.search.budget import Budget
 from nbl_modifier.search.choose import choose
 from nbl_modifier.search.distillation import Distillation
-from nbl_modifier.search.trials import Trials
+from nbl_modifier.search.trials import Trial, Trials
+
+
+class _TrialsOnce(Trials):
+    """Tries each candidate alone once, however many criteria ask for that."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._alone: dict[Replacement, Trial] = {}
+
+    def single(
+        self,
+        candidates: Mapping[int, Replacement],
+        given: Mapping[int, Replacement] | None = None,
+    ) -> dict[int, Trial]:
+        """Return the trials, as in the class above."""
+        if given:
+            return super().single(candidates, given)
+        new = {i: c for i, c in candidates.items() if c not in self._alone}
+        if new:
+            found = super().single(new)
+            self._alone |= {new[index]: trial for index, trial in found.items()}
+        return {index: self._alone[c] for index, c in candidates.items()}
 
 
 class Case:
@@ -64,7 +87,7 @@ class Case:
         }
         self.name, self.seed, self.num_windows = Path(path).name, seed, num_windows
         self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto"
+            path, dtype=args.dtype
         ).eval()
         self._architecture = architecture_of(self._model.config.model_type)
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -81,7 +104,7 @@ class Case:
             [batch["input_ids"].numel() for batch in self._windows.batches]
         )
         self._forward = PartialForward(self._model, self._architecture)
-        self._trials = Trials(
+        self._trials = _TrialsOnce(
             self._forward, self._architecture, self._windows.select(self._held_out)
         )
         self._tests = {

@@ -67,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--test-windows", type=int, default=96)
     add("--seq-length", type=int, default=256)
     add("--batch-size", type=int, default=8)
+    add("--dtype", default="auto", help="of the model (its own)")
     add("--criteria", action="store_true", help="compare these alone")
     add("--calibration", type=named_source, metavar="NAME=FILE")
     add("--text", type=named_source, action="append", default=[], metavar="NAME=FILE")

@@ -85,8 +85,7 @@ class PartialForward:
         """
         Return the residual stream in front of layer ``stop``, behind ``stop - 1``.
 
-        The final norm and the head run on it, too, for nothing: inside a calibration
-        pass, where llm-compressor has moved the head to the meta device, they are free.
+        The final norm runs on it, too, for nothing.
 
         :param batch: what the model is called with
         :param stop: the first layer not to run, ``>= start``
@@ -105,6 +104,7 @@ class PartialForward:
             with (
                 self._skipping(range(start), hidden_states),
                 self._skipping(range(stop, len(self.layers)), None),
+                calling(self._model.get_output_embeddings(), lambda hidden: hidden),
             ):
                 self._call(batch)
         finally:

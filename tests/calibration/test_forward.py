@@ -11,7 +11,7 @@ from compressed_tensors.offload import set_onload_device
 from torch import Tensor
 
 from nbl_modifier.architectures import architecture_of
-from nbl_modifier.calibration.forward import PartialForward, recomputes
+from nbl_modifier.calibration.forward import PartialForward, calling, recomputes
 from tests.followers import TinyModels
 from tests.tiny_llama import Model, load, load_on_disk
 
@@ -112,6 +112,24 @@ def test_head_computes_although_it_is_disabled(tiny_models: TinyModels) -> None:
         logits = forward.logits(batch)
         assert torch.allclose(logits[counts], expected[counts], atol=1e-4)
         assert model(**batch).logits.device.type == "meta"
+
+
+def test_streams_need_no_head(tiny_models: TinyModels) -> None:
+    """Also where llm-compressor has not disabled it."""
+    model = load(tiny_models("llama"))
+    ran: list[int] = []
+    head = model.get_output_embeddings().forward
+
+    def counted(hidden: Tensor) -> Tensor:
+        ran.append(1)
+        return head(hidden)
+
+    with calling(model.get_output_embeddings(), counted):
+        stream = partial(model).hidden_states(batch_of(), 2)
+        assert not ran
+        partial(model).logits(batch_of(), stream, 2)
+    assert stream is not None
+    assert stream.shape[-1] == model.config.hidden_size
 
 
 def test_labels_are_no_input(tiny_models: TinyModels) -> None:
