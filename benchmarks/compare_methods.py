@@ -194,7 +194,7 @@ def table(rows: Sequence[Row]) -> str:
     """Return the rows in Markdown."""
     tasks = list(rows[0].tasks)
     header = (
-        ("m", "method", "perplexity", "times base", "of NBL (paper)'s loss recovered")
+        ("m", "method", "perplexity", "times base", "of NBL (paper)'s loss avoided")
         + tuple(tasks)
         + ("parameters", "KV cache", "layers")
     )

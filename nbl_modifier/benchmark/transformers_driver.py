@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model in transformers, with a real KV cache."""
+"""Times a model in transformers, with the KV cache that it generates with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["TransformersDriver"]
 
 class TransformersDriver:
     """
-    ``model(...)`` with a ``DynamicCache``, one call per token.
+    Generates greedily: one call of the model for the prompts, then one per token.
 
     :param job: what to load
     """
@@ -77,7 +77,9 @@ class TransformersDriver:
             prefill_seconds=prefill,
             decode_seconds=now(self.device) - started_at,
             decode_steps=generate,
+            # Step i, from 1, reads context + i tokens: the mean over all steps.
             cache_tokens=context + (generate + 1) / 2,
+            # What the prompts alone had put into the cache.
             cache_bytes=kept / (batch * context),
         )
 

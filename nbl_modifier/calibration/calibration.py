@@ -14,6 +14,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from nbl_modifier import numerics
+from nbl_modifier.criteria import Criterion
 from nbl_modifier.layer_statistics.moments import LayerMoments
 from nbl_modifier.layer_statistics.store import StatisticsStore
 from nbl_modifier.replacement.surgery import Replacement, execution_device
@@ -95,9 +96,13 @@ class Calibration:
         """Wall time since calibration started."""
         return time.perf_counter() - self._started_at
 
-    def scores(self) -> dict[int, float]:
-        """Return the criterion's value by layer index, lower is more linear."""
-        return self._board.scores()
+    def scores(self, criterion: Criterion | None = None) -> dict[int, float]:
+        """
+        Return a criterion's value by layer index, of layers that have one.
+
+        :param criterion: None: the one by which replacements are held
+        """
+        return self._board.scores(criterion)
 
     def watch(
         self,

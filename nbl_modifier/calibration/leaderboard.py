@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nbl_modifier.criteria import CRITERIA
+from nbl_modifier.criteria import CRITERIA, Criterion
 from nbl_modifier.layer_statistics.processes import Ranks
 from nbl_modifier.replacement.surgery import Replacement
 
@@ -30,9 +30,14 @@ class Leaderboard:
         self._keep = keep
         self._shared: set[int] = set()  # layers that all processes know of
 
-    def scores(self) -> dict[int, float]:
-        """Return the criterion's value by layer index, lower is more linear."""
-        scores = {i: self._criterion.of(m) for i, m in self.measured.items()}
+    def scores(self, criterion: Criterion | None = None) -> dict[int, float]:
+        """
+        Return a criterion's value by layer index, of layers that have one.
+
+        :param criterion: None: the one that decides which replacements are held
+        """
+        row = criterion or self._criterion
+        scores = {i: row.of(m) for i, m in self.measured.items()}
         return {i: score for i, score in scores.items() if score is not None}
 
     def add(

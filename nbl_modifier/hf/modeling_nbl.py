@@ -65,8 +65,7 @@ class LowRankLinear(nn.Module):
 
 class LinearizedAttention(nn.Module):
     """
-    Affine map in place of an attention layer: NBL, arXiv:2505.21077, Eq. for the LMMSE
-    estimator ``y = W x + b``.
+    Affine map in place of an attention layer, ``y = W x + b``: NBL, arXiv:2505.21077.
 
     :param linear: the map, ``hidden_size`` to ``hidden_size`` with bias
     :param layer_idx: index of the decoder layer, its slot in the KV cache
@@ -134,7 +133,8 @@ class LinearizedBlock(nn.Module):
     def __init__(
         self, linear: nn.Linear | LowRankLinear | None, layer_idx: int
     ) -> None:
-        # Not super(): the next class is the stock block, made in linearize_block().
+        # Not super(): that is the stock block, see _block_class(), and would build the
+        # attention and MLP that this stands for.
         nn.Module.__init__(self)
         self.linear = linear
         self.layer_idx = layer_idx
@@ -190,7 +190,7 @@ def linearize_attention(
     :param layer: the decoder layer
     :param architecture: names of the modules inside it
     :param index: index of the decoder layer
-    :param spec: what the linear layer reads
+    :param spec: of which ``input`` alone matters here, what the linear layer reads
     :param linear: the map, ``hidden_size`` to ``hidden_size`` with bias; None to drop
         attention
     :return: the new module
@@ -281,6 +281,7 @@ def _make_model_class(base: type[PreTrainedModel], architecture: Architecture) -
         _linearize_skeleton(self)
 
     generates = issubclass(base, GenerationMixin)
+    # The mixins stand before the stock class, whose methods they override.
     return type(
         "NBL" + base.__name__,
         (CheckpointFiles, *([StaticCacheShape] if generates else []), base),
@@ -298,9 +299,12 @@ def _keep_weight_conversion(architecture: Architecture) -> None:
     """
     Have linearized checkpoints read and written as those of the base model.
 
-    transformers fuses the experts of a checkpoint into one weight when it loads them,
-    say, by rules that it looks up by class and by ``model_type``; without them they
-    would stay random.
+    Where names or shapes in a checkpoint differ from the model's, such as experts that
+    are one weight in memory, transformers converts them by rules that it looks up by
+    class and by ``model_type``. Ours have other names, so these are given the same
+    rules; without them such weights would stay random.
+
+    :param architecture: the family
     """
     for base, ours in (
         (architecture.model_type, architecture.nbl_model_type),

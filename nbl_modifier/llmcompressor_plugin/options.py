@@ -65,14 +65,8 @@ class Options(BaseModel):
     :param targets: names, ``re:`` patterns or class names of the attention modules, or
         decoder layers, that may be replaced; all of the decoder if not given
     :param ignore: the same, of those to keep
-    :param criterion: what layers are ranked by, lowest first: ``cca_bound`` (the
-        paper's), ``nmse``, the unexplained part of the attention output's variance,
-        ``residual_nmse``, the same over the variance of the residual stream after
-        attention, ``cosine``, one minus the mean cosine similarity of the stream before
-        and after attention, or, measured on held-out windows when that layer alone is
-        replaced, ``loss``, the increase of the mean negative log-likelihood, ``kl``,
-        the divergence of the next-token distributions from the original model's, or
-        ``kl_angle``, that times the angle by which attention turns the stream
+    :param criterion: what layers are ranked by, lowest first; ``cca_bound`` is the
+        paper's, and docs/selection.md says what each measures
     :param selection: rank once (``one_shot``, the paper's), or again after each
         replacement, on the partly linear model (``greedy``)
     :param refit: fit the chosen layers again, in order of depth, to lead from the

@@ -14,8 +14,8 @@ from .measuring import MeasuringModifier
 
 __all__ = ["RankingModifier"]
 
-# Fields that say what to replace, and how often to look.
-_OF_REPLACING = (
+# Fields of NBLModifier that decide what is replaced and how, so not what is measured.
+_WITHOUT_EFFECT = (
     "num_layers",
     "kv_cache_reduction",
     "max_nmse",
@@ -42,8 +42,8 @@ class RankingModifier(MeasuringModifier):
     _ranking: NBLReport | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
-    def _refuse_budget(self) -> Self:
-        for name in _OF_REPLACING:
+    def _refuse_what_has_no_effect(self) -> Self:
+        for name in _WITHOUT_EFFECT:
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 raise ValueError(
@@ -74,5 +74,5 @@ class RankingModifier(MeasuringModifier):
         return self.canonical_correlations
 
     def _conclude(self, state: State, outcome: Outcome, report: NBLReport) -> None:  # noqa: ARG002
-        """Keep the ranking, and have nothing to finalize."""
+        """Keep the report, and leave the model as it is."""
         self._ranking = report

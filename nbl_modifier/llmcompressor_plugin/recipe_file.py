@@ -64,7 +64,7 @@ def _parse(path: str, text: str) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Plain YAML keeps the last of two equal keys and drops the first."""
+        """Refuses a key that is there twice: plain YAML would drop the first."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value if isinstance(key.value, str)]
@@ -199,7 +199,7 @@ def _suggest_modifier(message: str) -> str:
         {*ModifierFactory._registered_registry, *ModifierFactory._main_registry}
         - {"Modifier"}
     )
-    asked = message.split("'")[1]
+    asked = message.split("'")[1]  # No modifier of type 'NBLModifer' found.
     close = difflib.get_close_matches(asked, known, n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     return f"{hint} Known: {', '.join(known)}"

@@ -33,8 +33,8 @@ class TextResult:
     :param over_base: that over the base model's
     :param over_best: that over the one of the best method at the same number of layers;
         None where that is not known yet
-    :param recovered: the part of what the reference method loses that is not lost here;
-        None where that is not known yet
+    :param recovered: the part of what the reference method loses that is not lost here,
+        which tables call loss avoided; None where that is not known yet
     """
 
     perplexity: Value
@@ -88,7 +88,7 @@ class MethodsTable(Record):
 
     :param model: the base model, a directory or a Hugging Face name
     :param num_layers: its decoder layers
-    :param reference: method that losses are recovered from, NBL as in the paper
+    :param reference: method whose loss the others are held against, NBL as in the paper
     :param best: method that the others are compared with
     :param calibrated_on: text that was calibrated on, and how much of it
     :param measured_on: what was measured, and on how much

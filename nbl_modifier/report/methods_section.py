@@ -6,16 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from nbl_modifier.records.methods import MethodsTable, TextResult, Value
+from nbl_modifier.records.methods import MethodRow, MethodsTable, Value
 
 from .blocks import FigureItem, Item, Text
 from .method_plots import quality_over, quality_over_speed
 from .table import Table
 
-__all__ = ["FIGURES", "methods_section"]
+__all__ = ["CAPTIONS", "drawings", "methods_section"]
 
-#: Captions of the paper's figures by number, arXiv:2505.21077.
-FIGURES = {
+#: What the paper's figures show, by their numbers in arXiv:2505.21077.
+CAPTIONS = {
     2: "Quality against speed, one line per method.",
     4: "Quality against the number of replaced layers. Bars are one standard error.",
     6: "Quality against the KV cache that is left. Bars are one standard error.",
@@ -35,15 +35,15 @@ def methods_section(tables: Sequence[MethodsTable]) -> Iterator[Item]:
         )
     for table in tables:
         yield Text(f"Calibrated on {table.calibrated_on}; {table.measured_on}.")
-        yield _quality(table)
+        yield _compared(table)
         yield Text(_legend(table))
-        for number, draw in figures(table).items():
-            yield FigureItem(draw, FIGURES[number])
-        yield _numbers(table)
+        for number, draw in drawings(table).items():
+            yield FigureItem(draw, CAPTIONS[number])
+        yield _as_measured(table)
         yield _layers(table)
 
 
-def figures(table: MethodsTable) -> dict[int, partial]:
+def drawings(table: MethodsTable) -> dict[int, partial]:
     """
     Return how to draw the paper's figures that there are numbers for, by their numbers.
 
@@ -60,7 +60,8 @@ def figures(table: MethodsTable) -> dict[int, partial]:
     }
 
 
-def _quality(table: MethodsTable) -> Table:
+def _compared(table: MethodsTable) -> Table:
+    """Return the table of each row beside the base model and the other methods."""
     texts = list(dict.fromkeys(name for row in table.rows for name in row.texts))
     speeds = list(dict.fromkeys(name for row in table.rows for name in row.speed))
     header = ["m", "method"]
@@ -68,20 +69,16 @@ def _quality(table: MethodsTable) -> Table:
         header += [
             f"{name}, times base",
             f"{name}, times {table.best}",
-            f"{name}, recovered",
+            f"{name}, loss avoided",
         ]
-    header += ["accuracy", f"minus {table.reference}", "facts", "KV cache"]
+    header += ["accuracy", f"accuracy, difference to {table.reference}"]
+    header += ["facts", "KV cache"]
     header += ["parameters", *(f"{name}, times base" for name in speeds)]
     rows = []
     for row in table.rows:
         cells = [str(row.m or ""), row.method]
         for name in texts:
-            text = row.texts.get(name, TextResult((0.0, None)))
-            cells += [
-                _cell(text.over_base),
-                _cell(text.over_best),
-                _percent(text.recovered),
-            ]
+            cells += _cells_of_text(row, name)
         cells += [
             _cell(row.average),
             _cell(row.over_reference),
@@ -104,19 +101,28 @@ def _quality(table: MethodsTable) -> Table:
     )
 
 
+def _cells_of_text(row: MethodRow, name: str) -> tuple[str, str, str]:
+    """Return the three cells of a text, empty where it was not measured."""
+    if name not in row.texts:
+        return "", "", ""
+    text = row.texts[name]
+    return _cell(text.over_base), _cell(text.over_best), _percent(text.recovered)
+
+
 def _legend(table: MethodsTable) -> str:
     return (
         "± is one standard error, over windows of text for perplexities and over "
         "documents for accuracies; where two models are compared, in pairs. Perplexity "
         f"is given over the base model's and over that of {table.best} at the same m; "
-        f"recovered is the part of what {table.reference} loses that the row does not "
-        "lose. Accuracy is the mean over tasks, its error pooled over them. Facts: "
+        f"loss avoided is the part of what {table.reference} loses that the row does "
+        "not lose. Accuracy is the mean over tasks, its error pooled over them. Facts: "
         "prompts that the base model completes right and the row still does. KV cache: "
         "bytes per token over the base model's."
     )
 
 
-def _numbers(table: MethodsTable) -> Table:
+def _as_measured(table: MethodsTable) -> Table:
+    """Return the table of perplexities and accuracies of each model by itself."""
     texts = list(dict.fromkeys(name for row in table.rows for name in row.texts))
     tasks = list(dict.fromkeys(name for row in table.rows for name in row.tasks))
     header = ("m", "method", *(f"{name}, perplexity" for name in texts), *tasks)
@@ -136,6 +142,7 @@ def _numbers(table: MethodsTable) -> Table:
 
 
 def _layers(table: MethodsTable) -> Table:
+    """Return the table of which layers were chosen, and how long that took."""
     rows = [
         (
             str(row.m),

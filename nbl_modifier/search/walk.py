@@ -98,7 +98,7 @@ class Walk:
         :param before: the model without them; None if they were not tried
         """
         if not self.criterion.tried:
-            return calibration.scores()
+            return calibration.scores(self.criterion)
         assert before is not None
         scores: dict[int, float] = {}
         for index, trial in trials.items():

@@ -3,13 +3,13 @@
 
 import pytest
 
-from nbl_modifier.report.methods_section import figures
+from nbl_modifier.report.methods_section import drawings
 from tests.report.report_factory import BEST, REFERENCE, make_table
 from tests.report.report_factory import method_row as row
 
 
 def test_lines_hold_the_numbers() -> None:
-    figure = figures(make_table())[4]()
+    figure = drawings(make_table())[4]()
     accuracy, ratio = figure.axes
     for axes, expected in (
         (accuracy, {2: 0.6 / 1.2, 4: 0.6 / 1.4}),
@@ -21,14 +21,14 @@ def test_lines_hold_the_numbers() -> None:
     assert ratio.get_yscale() == "log"
     (legend,) = figure.legends
     assert [t.get_text() for t in legend.get_texts()] == [BEST, REFERENCE, "base"]
-    cache = figures(make_table())[6]().axes[0]
+    cache = drawings(make_table())[6]().axes[0]
     assert cache.xaxis_inverted()
     assert [t.get_text() for t in cache.get_xticklabels()] == ["50", "75", "100"]
 
 
 def test_a_quality_missing_somewhere_leaves_a_gap() -> None:
     rows = [*make_table().rows, row("new", 2, 1.3, average=None, texts={})]
-    figure = figures(make_table(rows=rows))[4]()
+    figure = drawings(make_table(rows=rows))[4]()
     figure.canvas.draw()
     lines = {c.get_label(): c[0].get_xydata() for c in figure.axes[0].containers}
     assert len(lines["new"]) == 0
@@ -36,8 +36,8 @@ def test_a_quality_missing_somewhere_leaves_a_gap() -> None:
 
 def test_what_is_far_off_does_not_press_the_rest_together() -> None:
     rows = [*make_table().rows, row("new", 2, 30.0)]
-    ratio = figures(make_table(rows=rows))[4]().axes[1]
+    ratio = drawings(make_table(rows=rows))[4]().axes[1]
     assert ratio.get_ylim()[1] == 5.0
     assert ratio.get_title(loc="left").endswith("times base, up to 5")
-    whole = figures(make_table())[4]().axes[1]
+    whole = drawings(make_table())[4]().axes[1]
     assert "up to" not in whole.get_title(loc="left")

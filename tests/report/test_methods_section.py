@@ -7,7 +7,7 @@ from pathlib import Path
 from nbl_modifier.cli import main
 from nbl_modifier.records.methods import METHODS_FILE_NAME
 from nbl_modifier.report.blocks import FigureItem
-from nbl_modifier.report.methods_section import figures, methods_section
+from nbl_modifier.report.methods_section import drawings, methods_section
 from nbl_modifier.report.table import Table
 from tests.report.report_factory import (
     BEST,
@@ -23,7 +23,7 @@ def test_section_has_the_numbers() -> None:
     items = list(methods_section([make_table()]))
     quality, numbers, layers = (item for item in items if isinstance(item, Table))
     assert quality.header == (
-        *("m", "method", "c4, times base", f"c4, times {BEST}", "c4, recovered"),
+        *("m", "method", "c4, times base", f"c4, times {BEST}", "c4, loss avoided"),
         *("accuracy", "facts", "KV cache", "parameters"),
     )
     assert quality.rows[1] == (
@@ -40,12 +40,23 @@ def test_section_has_the_numbers() -> None:
     assert sum(isinstance(item, FigureItem) for item in items) == 2
 
 
+def test_a_text_that_was_not_measured_has_empty_cells() -> None:
+    rows = [row("base", 0, 1.0), row("later", 2, 1.5, texts={})]
+    compared = next(
+        item
+        for item in methods_section([make_table(rows=rows)])
+        if isinstance(item, Table)
+    )
+    assert compared.header[2] == "c4, times base"
+    assert compared.rows[1][2:5] == ("", "", "")
+
+
 def test_figures_are_there_when_their_numbers_are() -> None:
-    assert set(figures(make_table())) == {4, 6}
+    assert set(drawings(make_table())) == {4, 6}
     base = [row("base", 0, 1.0)]
-    assert figures(make_table(rows=base)) == {}
+    assert drawings(make_table(rows=base)) == {}
     fast = row("fast", 2, 1.5, speed={"decode": (1.2, 0.1)})
-    assert set(figures(make_table(rows=[*base, fast]))) == {2, 4, 6}
+    assert set(drawings(make_table(rows=[*base, fast]))) == {2, 4, 6}
 
 
 def test_report_shows_it_first(tmp_path: Path) -> None:

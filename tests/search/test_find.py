@@ -20,6 +20,7 @@ from nbl_modifier.layer_statistics.windows import Windows
 from nbl_modifier.search.budget import Budget
 from nbl_modifier.search.find import SearchOptions, find_replacements
 from tests.calibration.observed import Observed, observed
+from tests.tiny_llama import DEMO_MODEL, token_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,6 +41,18 @@ def passes(found: Observed, rows: Dataset) -> Passes:
 def options(criterion: str = "nmse", **more: object) -> SearchOptions:
     budget = Budget(2, "two of them")
     return SearchOptions(criterion=criterion, budget=budget, **more)  # type: ignore[arg-type]
+
+
+def test_the_criterion_asked_for_ranks() -> None:
+    """Not the one by which replacements are held, as long as all are."""
+    measured = passes(observed(DEMO_MODEL), token_rows(16, 64)).estimate(range(4))
+    orders = set()
+    for name in ("cca_bound", "nmse", "cosine"):
+        figures = {i: getattr(each, name) for i, each in measured.measured.items()}
+        order = sorted(figures, key=figures.__getitem__)
+        assert find_replacements(measured, options(name)).order == order
+        orders.add(tuple(order))
+    assert len(orders) > 1
 
 
 def test_statistics_alone_answer_without_running_the_model(
