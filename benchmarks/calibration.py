@@ -129,7 +129,7 @@ class Benchmark:
         seconds = self._oneshot(modifier)
         assert modifier.report is not None
         own = sum(layer.seconds for layer in modifier.report.layers)
-        return {"seconds": seconds, "own": own, "passes": modifier._progress.passes}
+        return {"seconds": seconds, "own": own, "passes": modifier._run.progress.passes}
 
     def _oneshot(self, recipe: Modifier, **kwargs: Any) -> float:
         model = copy.deepcopy(self.model)

@@ -49,7 +49,8 @@ from nbl_modifier.evaluation import (
     load_tasks,
     perplexity,
 )
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "pycode-4m"

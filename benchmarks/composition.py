@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nbl_modifier import NBLModifier
 from nbl_modifier.cli.logs import show_ours_and_warnings
 from nbl_modifier.evaluation import PerplexityResult, perplexity
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 
 MODEL = Path(__file__).resolve().parents[1] / "examples" / "models" / "pycode-4m"
 

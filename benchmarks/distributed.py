@@ -51,7 +51,8 @@ from benchmarks.random_llama import adding, llama_config
 from nbl_modifier import NBLModifier
 from nbl_modifier.benchmark.machine import current_device
 from nbl_modifier.cli.processes import part_of, process_group
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.report.table import Table
 
 TOKENIZER = Path(__file__).parents[1] / "examples" / "models" / "pycode-4m"

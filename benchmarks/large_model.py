@@ -169,7 +169,7 @@ def compress(setting: str, folder: str, args: argparse.Namespace) -> dict[str, A
         seconds = time.perf_counter() - started_at
     return {
         "seconds": seconds,
-        "passes": modifier._progress.passes,
+        "passes": modifier._run.progress.passes,
         "resident": memory.bytes,
         "private": memory.private,
     }

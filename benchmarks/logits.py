@@ -18,7 +18,7 @@ import torch
 
 from nbl_modifier.numerics import logits as numerics
 from nbl_modifier.report.table import Table
-from nbl_modifier.search.trials import Target, divergence
+from nbl_modifier.search.predictions import Target, divergence
 
 LARGE_POSITIONS = 512
 HEADER = (

@@ -107,7 +107,8 @@ def compress(model: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     from nbl_modifier.cli import main as nbl
-    from nbl_modifier.evaluation.texts import pack, stdlib_texts
+    from nbl_modifier.evaluation.texts import stdlib_texts
+    from nbl_modifier.evaluation.token_windows import pack
 
     count = AutoConfig.from_pretrained(model).num_hidden_layers
     layers = {

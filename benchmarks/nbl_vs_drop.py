@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from nbl_modifier import NBLModifier
 from nbl_modifier.cli.logs import show_ours_and_warnings
 from nbl_modifier.evaluation import PerplexityResult, perplexity
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
 
 Criterion = Literal["cca_bound", "nmse"]

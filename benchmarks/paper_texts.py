@@ -16,13 +16,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from nbl_modifier.evaluation.texts import (
-    HUB_TEXTS,
-    hub_texts,
-    is_local,
-    load_texts,
-    pack,
-)
+from nbl_modifier.evaluation.texts import HUB_TEXTS, hub_texts, is_local, load_texts
+from nbl_modifier.evaluation.token_windows import pack
 
 # What a small base model completes right, and what counts as right.
 FACTS = {

@@ -31,7 +31,8 @@ import nbl_modifier.hf
 from nbl_modifier.cli import main as nbl
 from nbl_modifier.cli.results import weight_bytes
 from nbl_modifier.evaluation import PerplexityResult, perplexity
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.report.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -31,7 +31,8 @@ from nbl_modifier.calibration.passes import Passes
 from nbl_modifier.calibration.solver import LayerSolver
 from nbl_modifier.criteria import TRIED
 from nbl_modifier.evaluation import PerplexityResult
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.layer_statistics.windows import Windows, held_out_batches
 from nbl_modifier.replacement.surgery import Replacement
 from nbl_modifier.search.budget import Budget

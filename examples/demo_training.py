@@ -18,7 +18,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from nbl_modifier.evaluation import PerplexityResult, perplexity
-from nbl_modifier.evaluation.texts import STDLIB, load_texts, pack
+from nbl_modifier.evaluation.texts import STDLIB, load_texts
+from nbl_modifier.evaluation.token_windows import pack
 
 __all__ = ["Ranks", "Run", "save_atomically"]
 

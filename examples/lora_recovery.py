@@ -39,7 +39,8 @@ from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import architecture_of
 from nbl_modifier.cli.logs import show_ours_and_warnings
 from nbl_modifier.evaluation import PerplexityResult, perplexity
-from nbl_modifier.evaluation.texts import STDLIB, load_texts, pack
+from nbl_modifier.evaluation.texts import STDLIB, load_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.hf.checkpoint import check_output_directory
 from nbl_modifier.hf.modeling_nbl import LinearizedAttention, LinearizedBlock
 from nbl_modifier.llmcompressor_plugin.saving import publish, report_of

@@ -13,7 +13,8 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nbl_modifier import NBLModifier
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 
 # Small, and trained on Python source, so that the example runs anywhere in seconds.
 MODEL_ID = str(Path(__file__).parent / "models" / "pycode-4m")

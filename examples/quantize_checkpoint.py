@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 # Importing it is what makes llm-compressor and transformers know linearized models.
 from nbl_modifier import NBLModifier
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 
 MODEL_ID = str(Path(__file__).parent / "models" / "pycode-4m")
 LINEARIZED = "pycode-4m-NBL4"

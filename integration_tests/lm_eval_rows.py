@@ -18,7 +18,8 @@ import yaml
 
 from integration_tests.harness import serve_python, tail
 from nbl_modifier.cli import main
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.records.evaluation import EVALUATION_FILE_NAME
 
 ROOT = Path(__file__).parents[1]

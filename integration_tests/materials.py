@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 from integration_tests.rows import DEMO_MODEL, REAL_MODELS, ROOT
 from nbl_modifier.architectures import architecture_of
 from nbl_modifier.evaluation import perplexity
-from nbl_modifier.evaluation.texts import load_texts, pack
+from nbl_modifier.evaluation.texts import load_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.hf import register
 
 if TYPE_CHECKING:

@@ -9,13 +9,17 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .llmcompressor_plugin.distill import Distill
     from .llmcompressor_plugin.modifier import NBLModifier
 
     __version__: str
 
-__all__ = ["NBLModifier", "__version__", "register"]
+__all__ = ["Distill", "NBLModifier", "__version__", "register"]
 
-_MODULES = {"NBLModifier": ".llmcompressor_plugin.modifier"}
+_MODULES = {
+    "Distill": ".llmcompressor_plugin.distill",
+    "NBLModifier": ".llmcompressor_plugin.modifier",
+}
 _COMPRESS_PACKAGES = {"compressed_tensors", "llmcompressor", "loguru", "pydantic"}
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import nbl_modifier
+
 PACKAGE = Path(__file__).parents[1] / "nbl_modifier"
 
 
@@ -170,7 +172,8 @@ def imported_modules(node: ast.AST, folder: str) -> list[str]:
     # and a public name of the facade stands for the module that defines it.
     names = [f"{source}.{alias.name}" for alias in node.names]
     public = {
-        f"{PACKAGE.name}.NBLModifier": f"{PACKAGE.name}.llmcompressor_plugin.modifier"
+        f"{PACKAGE.name}.{name}": f"{PACKAGE.name}{module}"
+        for name, module in nbl_modifier._MODULES.items()
     }
     return [public.get(name, name if name in FILES else source) for name in names]
 

@@ -20,7 +20,8 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier
-from nbl_modifier.evaluation.texts import load_texts, pack
+from nbl_modifier.evaluation.texts import load_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.records.compression import NBLReport
 from tests.tiny_llama import (
     DEMO_MODEL,

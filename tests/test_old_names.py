@@ -11,7 +11,7 @@ import pytest
     [
         ("nbl_modifier.modifier", "NBLModifier", "nbl_modifier"),
         ("nbl_modifier.data", "stdlib_texts", "nbl_modifier.evaluation.texts"),
-        ("nbl_modifier.data", "pack", "nbl_modifier.evaluation.texts"),
+        ("nbl_modifier.data", "pack", "nbl_modifier.evaluation.token_windows"),
     ],
 )
 def test_old_imports_warn_and_work(old: str, name: str, new: str) -> None:

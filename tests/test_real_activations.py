@@ -19,7 +19,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nbl_modifier import NBLModifier
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.numerics import CovarianceAccumulator, nmse_bound, solve_lmmse
 from nbl_modifier.records.compression import NBLReport
 from tests.llmcompressor_plugin.test_modifier import (

@@ -68,7 +68,8 @@ def test_one_study(
 ) -> None:
     """On the demo model, one layer replaced; the paper's settings choose as oneshot."""
     from nbl_modifier import NBLModifier
-    from nbl_modifier.evaluation.texts import pack, stdlib_texts
+    from nbl_modifier.evaluation.texts import stdlib_texts
+    from nbl_modifier.evaluation.token_windows import pack
     from tests.tiny_llama import compress, demo_tokenizer, load
 
     few = [Setting("cosine", "greedy"), Setting("loss", refit=True)]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from nbl_modifier import NBLModifier, numerics
 from nbl_modifier.calibration.phases import Settings, plan
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.layer_statistics import store
 from nbl_modifier.layer_statistics.moments import (
     HeldoutStatistics,
@@ -245,9 +246,9 @@ def test_as_many_forward_passes_as_stated(
     model, rows = load(llama), token_rows(16, 64)
     counter, modifier = WindowCounter(model), NBLModifier(**fields)
     compress(model, [modifier], rows, batch_size=batch_size)
-    cost = modifier._progress.cost
+    cost = modifier._run.progress.cost
     assert counter.windows == sum(phase.layers for phase in cost.phases)
-    assert modifier._progress.passes == cost.passes == counter.windows / (4 * 16)
+    assert modifier._run.progress.passes == cost.passes == counter.windows / (4 * 16)
     said = next(line for line in logged if line.startswith("NBL will take about"))
     assert f"{cost.passes:.1f} forward passes over 16 windows" in said
     assert "with 1,024 tokens" in said
@@ -264,8 +265,8 @@ def test_as_many_forward_passes_as_planned_for_what_was_chosen(llama: Path) -> N
     settings = Settings(4, 16, 0, candidates=range(4), count=3, greedy=True)
     expected = sum(phase.layers for phase in plan(settings, order))
     assert counter.windows == expected
-    assert modifier._progress.passes == expected / (4 * 16)
-    assert modifier._progress.cost.passes == pytest.approx(expected / 64, rel=0.25)
+    assert modifier._run.progress.passes == expected / (4 * 16)
+    assert modifier._run.progress.cost.passes == pytest.approx(expected / 64, rel=0.25)
 
 
 def test_passes_that_statistics_spare_are_not_counted(
@@ -279,7 +280,7 @@ def test_passes_that_statistics_spare_are_not_counted(
     counter = WindowCounter(model)
     modifier = NBLModifier(statistics=str(tmp_path), **fields)
     compress(model, [modifier], rows)
-    assert 0 < modifier._progress.passes == counter.windows / (4 * 16)
+    assert 0 < modifier._run.progress.passes == counter.windows / (4 * 16)
 
 
 def test_preset_best_takes_about_as_many_forward_passes_as_stated() -> None:
@@ -290,9 +291,9 @@ def test_preset_best_takes_about_as_many_forward_passes_as_stated() -> None:
     counter = WindowCounter(model)
     modifier = NBLModifier(num_layers=4, preset="best")
     compress(model, [modifier], source)
-    cost = modifier._progress.cost
+    cost = modifier._run.progress.cost
     stated = sum(phase.layers for phase in cost.phases)
-    assert modifier._progress.passes == counter.windows / (16 * len(source))
+    assert modifier._run.progress.passes == counter.windows / (16 * len(source))
     assert counter.windows == pytest.approx(stated, rel=0.3)
     assert counter.windows / (16 * len(source)) < 25
 
@@ -306,7 +307,7 @@ def test_as_much_memory_as_stated(tmp_path: Path, fields: dict[str, Any]) -> Non
     modifier = NBLModifier(num_layers=1, **fields)
     with PeakMemory() as memory:
         compress(load(folder), [modifier], token_rows(32, 64))
-    stated = modifier._progress.cost.statistics_bytes
+    stated = modifier._run.progress.cost.statistics_bytes
     other = (2 * (64 + 1) + 3 * 192) * 256 * 8
     assert 0.9 * stated < memory.peak < stated + other
 

@@ -83,7 +83,7 @@ class Benchmark:
 
     :param models: the two models
     :param grid: what to measure
-    :param settings: how
+    :param settings: how it is measured
     :param loaded: what the engines have loaded, by number
     :param timings: of each cell that was measured, one per round
     :param skipped: why a cell was not measured

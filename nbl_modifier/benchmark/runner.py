@@ -43,7 +43,7 @@ def run(
     :param base: the model before compression
     :param compressed: and after
     :param grid: what to measure
-    :param settings: how
+    :param settings: how it is measured
     :param progress: called with a line of text before each step
     :raises ValueError: if no grid point fits the models' positions
     :raises RuntimeError: if an engine dies

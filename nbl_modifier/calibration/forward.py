@@ -140,7 +140,7 @@ class PartialForward:
 
         :param batch: what the model is called with
         :param start: the first layer in which something requires a gradient
-        :return: as :meth:`logits`
+        :return: ``[batch, tokens, vocabulary]``, in the dtype of the model
         """
         with ExitStack() as stack:
             stack.enter_context(self._computing_head())

@@ -203,7 +203,7 @@ def calibration_rows(
     :raises ValueError: if there are none; the message names the option
     :raises FileNotFoundError: if a file does not exist
     """
-    from nbl_modifier.evaluation.texts import calibration_windows
+    from nbl_modifier.evaluation.token_windows import calibration_windows
 
     with _naming("--dataset", args.dataset):
         texts = _calibration_texts(args)
@@ -309,7 +309,8 @@ def heldout_rows(
     :raises ValueError: if there are none; the message names the option
     :raises FileNotFoundError: if a file does not exist
     """
-    from nbl_modifier.evaluation.texts import STDLIB, is_local, load_texts, pack
+    from nbl_modifier.evaluation.texts import STDLIB, is_local, load_texts
+    from nbl_modifier.evaluation.token_windows import pack
 
     source = heldout_source(args, calibrates)
     if source is None:

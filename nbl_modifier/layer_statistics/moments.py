@@ -185,7 +185,8 @@ class LayerStatistics:
         Make this the statistics of all processes' tokens, in place.
 
         :param add_up: see :meth:`CovarianceAccumulator.pool_`
-        :param collect: likewise; where it does not collect, this is left undefined
+        :param collect: see :meth:`CovarianceAccumulator.pool_`; where it does not
+            collect, this is left undefined
         """
         add_up(self._cosine_sum)
         self._residual.pool_(add_up, collect)
@@ -240,6 +241,10 @@ class HeldoutStatistics:
         """
         Add one batch.
 
+        :param residual: R, ``[batch, tokens, d]``
+        :param normalized: norm(R), ``[batch, tokens, d]``
+        :param output: A, ``[batch, tokens, d]``
+        :param valid: bool ``[batch, tokens]``, the rows that are data; None: all
         :raises NonFiniteError: naming the layer, if an activation is NaN or inf
         """
         x = normalized if self._is_normalized else residual
@@ -251,7 +256,13 @@ class HeldoutStatistics:
     def pool_(
         self, add_up: Callable[[Tensor], object], collect: Callable[[Tensor], object]
     ) -> None:
-        """Make this the statistics of all processes' tokens, in place."""
+        """
+        Make this the statistics of all processes' tokens, in place.
+
+        :param add_up: see :meth:`CovarianceAccumulator.pool_`
+        :param collect: see :meth:`CovarianceAccumulator.pool_`; where it does not
+            collect, this is left undefined
+        """
         self._moments.pool_(add_up, collect)
 
     def finalize(self) -> CovarianceStats:

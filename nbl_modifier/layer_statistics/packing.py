@@ -51,11 +51,11 @@ def unpack_moments(
     """
     Return what :func:`pack_moments` was given, or None if nothing has such names.
 
-    :param part: as there
-    :param tensors: of all parts
-    :param metadata: likewise
+    :param part: its name there, such as ``fit``
+    :param tensors: of all parts, by name
+    :param metadata: of all parts, by name
     :raises KeyError: if something is missing
-    :raises TypeError: likewise
+    :raises TypeError: if a tensor is missing of those that moments are made of
     :raises ValueError: if something is missing, or cannot be what it is said to be
     :raises RuntimeError: if tensors of one matrix do not fit each other
     """

@@ -123,7 +123,7 @@ class Ranks:
         """
         Replace a tensor by its sum over all processes, in place.
 
-        :param tensor: contiguous, of the same shape and dtype in all processes
+        :param tensor: ``[...]``, contiguous, of one shape and dtype in all processes
         :param owner: rank of the only process that needs the sum; in the others the
             tensor is left undefined. None: all do
         """
@@ -138,7 +138,7 @@ class Ranks:
         """
         Replace a tensor by the owner's, in place.
 
-        :param tensor: contiguous, of the same shape and dtype in all processes
+        :param tensor: ``[...]``, contiguous, of one shape and dtype in all processes
         :param owner: a rank
         """
         if not self.alone:

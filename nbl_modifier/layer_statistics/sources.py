@@ -13,8 +13,9 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from .fingerprint import data_digest, model_digest, sampled_model_digest
+from .origin import REMEDY, Origin
 from .processes import Ranks
-from .store import FORMAT_VERSION, Origin, StatisticsStore, windows_digest
+from .store import FORMAT_VERSION, StatisticsStore, windows_digest
 from .windows import (
     CalibrationData,
     Windows,
@@ -162,12 +163,12 @@ def _reused(
             "out."
         )
     num_samples = store.origin.num_samples
-    store.check(_origin(model, num_samples, "", needs, store.version))
+    wanted = _origin(model, num_samples, "", needs, store.version)
+    store.origin.check(wanted, folder)
     if (needs.heldout_nmse or needs.losses) and not store.origin.held_out:
         raise ValueError(
             f"statistics {folder}: taken in several processes by an earlier version, "
-            "without held-out tokens to measure errors and losses on. Calibrate again "
-            "into another folder."
+            f"without held-out tokens to measure errors and losses on. {REMEDY}."
         )
     missing = [name for index, name in candidates.items() if index not in store]
     if missing:
@@ -186,8 +187,7 @@ def _reused(
 
 
 def _held_out(data: CalibrationData) -> Windows:
-    masks = [batch["loss_mask"] for batch in data.batches if "loss_mask" in batch]
-    return Windows(data.batches, masks or None).select(data.held_out)
+    return Windows(data.batches, data.loss_masks).select(data.held_out)
 
 
 def _hidden_size(model: PreTrainedModel) -> int:
@@ -251,9 +251,10 @@ def _warn_of_old(store: StatisticsStore) -> None:
         logger.warning(
             "statistics {}: of format version {}, which has no digests, so a file that "
             "was changed since, or a model that was edited in a few rows, goes unseen. "
-            "Calibrate again into another folder to be sure.",
+            "{} to be sure.",
             store.folder,
             store.version,
+            REMEDY,
         )
 
 

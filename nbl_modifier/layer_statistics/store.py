@@ -10,12 +10,12 @@ what is in it, so that what was changed or exchanged since is refused.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, Self, get_type_hints
+from typing import NoReturn, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -25,52 +25,20 @@ from nbl_modifier.records.files import write_atomically
 
 from .fingerprint import tensors_digest
 from .moments import LayerMoments
+from .origin import REMEDY, Origin
 from .packing import pack_moments, pack_windows, unpack_moments, unpack_windows
 
-__all__ = ["FORMAT_VERSION", "Origin", "StatisticsStore", "windows_digest"]
+__all__ = ["FORMAT_VERSION", "StatisticsStore", "windows_digest"]
 
 # 2 had no digests of tensors, and recognized a model by a sample of its weights.
 FORMAT_VERSION = 3
 _READABLE = (2, FORMAT_VERSION)
 _MANIFEST = "statistics.json"
 _WINDOWS = "heldout_windows.safetensors"
-_REMEDY = "Calibrate again into another folder"
 _REMEDY_OF_ONE = (
     "Delete the file and calibrate with the same data and folder, which measures what "
     "is missing"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """
-    What statistics are of.
-
-    :param model: name or path, for messages
-    :param model_digest: of configuration and weights
-    :param data_digest: of the tokens
-    :param num_samples: calibration sequences
-    :param held_out: those of them that only measure the error
-    :param kind: the part of each layer: ``attention`` or ``block``
-    :param input: ``residual``, or ``normalized`` where the input norm's output was
-        measured too, from which either can be fitted
-    :param windows_digest: of the held-out windows; None if none are stored, or by
-        format version 2
-    """
-
-    model: str
-    model_digest: str
-    data_digest: str
-    num_samples: int
-    held_out: int
-    kind: str
-    input: str
-    windows_digest: str | None = None
-
-    def fields(self) -> dict[str, Any]:
-        """Return what is known, by name, as it is stored."""
-        fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if value is not None}
 
 
 class StatisticsStore:
@@ -114,22 +82,18 @@ class StatisticsStore:
         try:
             fields = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as err:
-            _refuse(path, f"is damaged ({err})", _REMEDY)
+            _refuse(path, f"is damaged ({err})", REMEDY)
         version = fields.pop("format_version", None)
         if version not in _READABLE:
             raise ValueError(
                 f"statistics {folder}: format_version is {version}, this nbl_modifier "
-                f"reads {' and '.join(map(str, _READABLE))}. {_REMEDY}."
+                f"reads {' and '.join(map(str, _READABLE))}. {REMEDY}."
             )
-        types = get_type_hints(Origin)
-        wrong = [
-            f"{name}={fields.get(name)!r}"
-            for name in sorted(types.keys() | fields.keys())
-            if not isinstance(fields.get(name), types.get(name, ()))
-        ]
-        if wrong:
-            _refuse(path, f"is damaged (found {', '.join(wrong)})", _REMEDY)
-        return cls(Path(folder), Origin(**fields), version)
+        try:
+            origin = Origin.of(fields)
+        except ValueError as err:
+            _refuse(path, f"is damaged ({err})", REMEDY)
+        return cls(Path(folder), origin, version)
 
     @classmethod
     def version_in(cls, folder: str | os.PathLike[str]) -> int:
@@ -153,41 +117,12 @@ class StatisticsStore:
         path = Path(folder)
         if cls.is_in(folder):
             store = cls.open(folder)
-            store.check(dataclasses.replace(origin, model=store.origin.model))
+            store.origin.check(replace(origin, model=store.origin.model), folder)
             return store
         path.mkdir(parents=True, exist_ok=True)
         fields = {"format_version": FORMAT_VERSION, **origin.fields()}
         write_atomically(path / _MANIFEST, json.dumps(fields, indent=2) + "\n")
         return cls(path, origin)
-
-    def check(self, wanted: Origin) -> None:
-        """
-        Refuse to be used for anything else than what the statistics are of.
-
-        :param wanted: what they are to be used for
-        :raises ValueError: naming the difference
-        """
-        mine = self.origin
-        for field, subject in (
-            ("model_digest", f"model {wanted.model}"),
-            ("data_digest", "calibration data"),
-            ("windows_digest", "set of held-out windows"),
-            ("held_out", "number of held-out sequences"),
-            ("kind", "kind"),
-        ):
-            found, needed = getattr(mine, field), getattr(wanted, field)
-            if needed and found != needed:
-                raise ValueError(
-                    f"statistics {self.folder}: taken with {field} {found} (model "
-                    f"{mine.model}), but this run's {subject} has {needed}. {_REMEDY}, "
-                    "or use the model and data they are of."
-                )
-        if wanted.input == "normalized" and mine.input != "normalized":
-            raise ValueError(
-                f"statistics {self.folder}: taken with input {mine.input}, which says "
-                "nothing about the output of the input norm, and this run's input is "
-                f"normalized. {_REMEDY} with input: normalized, which serves both."
-            )
 
     def __contains__(self, index: int) -> bool:
         return self._path(index).exists()
@@ -233,7 +168,7 @@ class StatisticsStore:
             if origin != self.origin.fields():
                 raise ValueError(
                     f"statistics {path}: of another calibration than {_MANIFEST} "
-                    f"beside it, {origin}. {_REMEDY}."
+                    f"beside it, {origin}. {REMEDY}."
                 )
             found = metadata["name"]
         except (KeyError, json.JSONDecodeError) as err:
@@ -276,7 +211,7 @@ class StatisticsStore:
         if not path.exists():
             raise ValueError(
                 f"statistics {self.folder}: there is no {_WINDOWS}, nothing was held "
-                f"out. {_REMEDY}."
+                f"out. {REMEDY}."
             )
         tensors, _ = _read(path)
         if self.origin.windows_digest is not None or self.version > 2:

@@ -141,6 +141,12 @@ class CalibrationData:
     num_samples: int
     held_out: frozenset[int]
 
+    @property
+    def loss_masks(self) -> list[Tensor] | None:
+        """Those that came with the batches, ``[batch, tokens]`` each, if any did."""
+        masks = [batch["loss_mask"] for batch in self.batches if "loss_mask" in batch]
+        return masks or None
+
 
 def check_calibration_data(
     batches: Iterable[Any] | None,
@@ -295,7 +301,7 @@ def check_variety(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) 
 
 def rewind_generator() -> Tensor:
     """
-    Start torch's CPU generator again from its seed; return its state until now.
+    Start torch's CPU generator again from its seed; return its state, uint8 ``[n]``.
 
     Which samples a shuffled calibration set consists of, and in which order, is drawn
     anew for every pass, from a generator that nobody seeds (llmcompressor 0.14.0.1,

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import partial
 from typing import Any
 
 from llmcompressor.core import Event, State, active_session
 from llmcompressor.modifiers import Modifier
-from loguru import logger
 from pydantic import Field, PrivateAttr
 from torch import nn
 
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.cost import Progress
 from nbl_modifier.calibration.progress import ProgressLine
-from nbl_modifier.hf.modeling_nbl import decoder_layers
 from nbl_modifier.records.compression import NBLReport
-from nbl_modifier.report.tables import ranking_table
 from nbl_modifier.search.outcome import Outcome
 
 from .followers import refuse_shared_pass
 from .options import Options
-from .plan import Plan, make_plan
-from .reporting import log_passes, make_report
+from .plan import make_plan
+from .reporting import log_cost, log_ranking, make_report
+from .run import Run
+from .session import running_oneshot
 from .switches import Switches
-from .upstream import batch_in_flight, running_oneshot
 
 __all__ = ["MeasuringModifier"]
 
@@ -41,12 +38,11 @@ class MeasuringModifier(Options, Modifier):
     # A property of the class, not a choice: kept out of recipe.yaml.
     requires_calibration_data: bool = Field(default=True, exclude=True)
 
-    _plan: Plan | None = PrivateAttr(default=None)
-    _line: ProgressLine = PrivateAttr(default_factory=ProgressLine)
-    _progress: Progress = PrivateAttr()
-    _passed: set[int] = PrivateAttr(default_factory=set)
+    # There from on_initialize on, before which llm-compressor calls nothing.
+    _run: Run = PrivateAttr()
+    _switches: Switches = PrivateAttr()
+    # While the pipeline runs.
     _calibration: Calibration | None = PrivateAttr(default=None)
-    _switches: Switches | None = PrivateAttr(default=None)
 
     @abstractmethod
     def _conclude(self, state: State, outcome: Outcome, report: NBLReport) -> None:
@@ -67,17 +63,16 @@ class MeasuringModifier(Options, Modifier):
         :raises NotImplementedError: for an unsupported architecture, recipe or run
         :raises OSError: if the output directory cannot take the checkpoint
         """
-        plan = self._plan = make_plan(self, state, running_oneshot(), kwargs)
-        if plan.sources.complete:  # the pipeline will not look at the data for us
-            batches = plan.sources.data.batches
-            masks = [batch["loss_mask"] for batch in batches if "loss_mask" in batch]
-            state.loss_masks = masks or None
+        plan = make_plan(self, state, running_oneshot(), kwargs)
         # llm-compressor runs the model over the data only where a modifier asks for it.
         self.requires_calibration_data = not plan.sources.complete
+        if plan.sources.complete:  # so it will not look at the data for us
+            state.loss_masks = plan.sources.data.loss_masks
         self._switches = Switches(state.model)
-        self._progress = Progress(plan.cost, self._line)
-        if plan.cost.phases:
-            logger.info("NBL will take about {}", plan.cost)
+        line = ProgressLine()
+        self._switches.of_pass.callback(line.close)
+        self._run = Run(self, plan, Progress(plan.cost, line))
+        log_cost(plan.cost)
         return True
 
     def on_calibration_start(self, state: State, event: Event, **kwargs: Any) -> None:
@@ -86,25 +81,10 @@ class MeasuringModifier(Options, Modifier):
 
         :raises ValueError: if other modifiers share this calibration pass
         """
-        sharing = [
-            m for m in active_session().lifecycle.recipe.modifiers if m is not self
-        ]
-        refuse_shared_pass(sharing)
-        assert self._plan is not None
-        assert self._switches is not None
-        plan, model = self._plan, state.model
+        recipe: list[Modifier] = active_session().lifecycle.recipe.modifiers
+        refuse_shared_pass([modifier for modifier in recipe if modifier is not self])
         self._switches.start_pass()
-        calibration = self._calibration = plan.calibration(
-            self,
-            model,
-            self._progress,
-            keep=plan.num_replacements(self),
-            store=plan.sources.store,
-        )
-        for index in plan.candidates:
-            calibration.watch(
-                index, self.register_hook, partial(batch_in_flight, state)
-            )
+        self._calibration = self._run.begin(state, self.register_hook)
 
     def on_sequential_epoch_end(
         self, state: State, event: Event, modules: list[nn.Module], **kwargs: Any
@@ -116,21 +96,9 @@ class MeasuringModifier(Options, Modifier):
         :raises ValueError: naming the layer, if it saw too few tokens
         :raises torch.linalg.LinAlgError: naming the layer, if it cannot be solved
         """
-        assert self._plan is not None
         assert self._calibration is not None
         self._calibration.solve_finished(modules)
-        if self._plan.sources.complete:  # no batch has run
-            return
-        finished = set(map(id, modules))
-        layers = decoder_layers(state.model, self._plan.architecture)
-        passed = {
-            index
-            for index, layer in enumerate(layers)
-            if not finished.isdisjoint(map(id, layer.modules()))
-        }
-        new = len(passed - self._passed)
-        self._passed |= passed
-        self._progress.ran(new * self._progress.cost.windows)
+        self._run.finished(state.model, modules)
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
         """
@@ -140,17 +108,12 @@ class MeasuringModifier(Options, Modifier):
         """
         self.remove_hooks()
         calibration, self._calibration = self._calibration, None
-        assert self._plan is not None
-        assert self._switches is not None
         assert calibration is not None
-        plan, model = self._plan, state.model
         with self._switches.of_pass:
             calibration.finish()
-            outcome = plan.search(self, state, calibration, self._progress)
-        self._line.close()
-        log_passes(self._progress)
-        report = make_report(self, plan, model, calibration, outcome)
-        logger.info("NBL ranking\n{}", ranking_table(report))
+            outcome = self._run.search(state, calibration)
+        report = make_report(self, self._run.plan, state.model, calibration, outcome)
+        log_ranking(report, self._run.progress)
         self._conclude(state, outcome, report)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -160,8 +123,6 @@ class MeasuringModifier(Options, Modifier):
         llm-compressor also finalizes the modifiers of a run that failed before.
         """
         self.remove_hooks()
-        if self._switches is not None:
-            self._switches.close()
-        self._line.close()
+        self._switches.close()
         self._calibration = None
         return True

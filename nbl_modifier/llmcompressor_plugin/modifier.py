@@ -8,7 +8,6 @@ from typing import Any, Self
 
 from llmcompressor.core import State, active_session
 from llmcompressor.modifiers import ModifierFactory
-from loguru import logger
 from pydantic import PrivateAttr, model_validator
 from transformers import PreTrainedModel
 
@@ -21,7 +20,8 @@ from nbl_modifier.search.outcome import Outcome
 
 from . import saving, smoothing
 from .measuring import MeasuringModifier
-from .reporting import warn_if_nothing_is_freed
+from .reporting import log_choice
+from .rules import check_budget
 from .upstream import observe_queries
 
 __all__ = ["NBLModifier"]
@@ -58,19 +58,12 @@ class NBLModifier(MeasuringModifier):
     """
 
     _report: NBLReport | None = PrivateAttr(default=None)
+    # Those of earlier runs included.
+    _linearized: dict[int, LinearizedLayer] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
-        ways = ("num_layers", "layers", "kv_cache_reduction")
-        limits = (self.max_nmse, self.max_perplexity_increase)
-        given = [name for name in ways if getattr(self, name) is not None]
-        if len(given) > 1 or (not given and limits == (None, None)):
-            raise ValueError(
-                "NBLModifier needs one of num_layers (how many layers to "
-                "replace), layers (which ones) and kv_cache_reduction (the part of the "
-                "KV cache to free), or a limit, max_nmse or max_perplexity_increase, "
-                f"got {' and '.join(given) or 'neither'}."
-            )
+        check_budget(self._values)
         return self
 
     @property
@@ -80,14 +73,12 @@ class NBLModifier(MeasuringModifier):
 
     def _conclude(self, state: State, outcome: Outcome, report: NBLReport) -> None:
         """Replace the layers that were chosen, and tell all who have to know."""
-        assert self._plan is not None
-        plan, self._report = self._plan, report
-        logger.info("NBL replaces {}: {}", sorted(outcome.replacements), report.binding)
         model: PreTrainedModel = state.model
-        if report.kv_cache_left is not None:
-            warn_if_nothing_is_freed(plan, model, outcome.replacements)
+        plan, replacements = self._run.plan, outcome.replacements
+        self._report, self._linearized = report, plan.linearized(replacements)
+        log_choice(report, plan, model, replacements)
         layers = decoder_layers(model, plan.architecture)
-        replace(layers, plan.architecture, outcome.replacements)
+        replace(layers, plan.architecture, replacements)
         # From here on the model must not be saved as what it no longer is, not even
         # if a later modifier fails.
         saving.publish(
@@ -97,8 +88,7 @@ class NBLModifier(MeasuringModifier):
             before=partial(self._convert, model),
         )
         if plan.followers is not None:
-            linearized = self._linearized
-            mixed = smoothing.MixedModel(model, plan.architecture, linearized)
+            mixed = smoothing.MixedModel(model, plan.architecture, self._linearized)
             plan.followers.refresh(state, mixed)
 
     def on_finalize(self, state: State, **kwargs: Any) -> bool:
@@ -106,8 +96,7 @@ class NBLModifier(MeasuringModifier):
         super().on_finalize(state, **kwargs)
         if self._report is None:
             return True
-        assert self._plan is not None
-        plan = self._plan
+        plan = self._run.plan
         layers = decoder_layers(state.model, plan.architecture)
         if len(layers) == self._report.num_hidden_layers:  # none is gone yet
             for index, spec in self._linearized.items():
@@ -119,21 +108,10 @@ class NBLModifier(MeasuringModifier):
         self._report = dataclasses.replace(self._report, recipe=recipe)
         return True
 
-    @property
-    def _linearized(self) -> dict[int, LinearizedLayer]:
-        """All linearized layers, those of earlier runs included."""
-        assert self._report is not None
-        assert self._plan is not None
-        layers = dict.fromkeys(self._report.selected_layers, self._plan.spec)
-        return layers | dict(self._plan.earlier.layers)
-
     def _convert(self, model: PreTrainedModel) -> None:
-        assert self._plan is not None
+        architecture = self._run.plan.architecture
         convert_in_place(
-            model,
-            self._plan.architecture,
-            self._linearized,
-            criterion=self.criterion,
+            model, architecture, self._linearized, criterion=self.criterion
         )
 
 

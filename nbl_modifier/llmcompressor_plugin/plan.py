@@ -5,28 +5,21 @@ What a run is going to do, decided and checked before it calibrates.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from llmcompressor.core import State
 from llmcompressor.entrypoints.oneshot import Oneshot
-from llmcompressor.utils.helpers import calibration_forward_context
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from nbl_modifier.architectures import Architecture, architecture_of
-from nbl_modifier.calibration.calibration import Calibration
-from nbl_modifier.calibration.cost import Cost, Progress
-from nbl_modifier.calibration.forward import PartialForward, recomputes
-from nbl_modifier.calibration.layers import MeasuredLayers
-from nbl_modifier.calibration.leaderboard import Leaderboard
-from nbl_modifier.calibration.passes import Passes
+from nbl_modifier.calibration.cost import Cost
+from nbl_modifier.calibration.forward import recomputes
 from nbl_modifier.calibration.phases import Settings
 from nbl_modifier.calibration.progress import cost_of, num_windows
-from nbl_modifier.calibration.solver import LayerSolver
 from nbl_modifier.criteria import TRIED
 from nbl_modifier.hf.checkpoint import check_output_directory
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
@@ -34,18 +27,14 @@ from nbl_modifier.hf.modeling_nbl import decoder_layers
 from nbl_modifier.layer_statistics.processes import Ranks
 from nbl_modifier.layer_statistics.sources import Needs, Sources, open_sources
 from nbl_modifier.layer_statistics.store import StatisticsStore
-from nbl_modifier.layer_statistics.windows import CalibrationData
 from nbl_modifier.replacement.candidates import check_model
 from nbl_modifier.search.budget import Budget
 from nbl_modifier.search.distillation import RATES
-from nbl_modifier.search.find import SearchOptions, find_replacements
-from nbl_modifier.search.outcome import Outcome
 from nbl_modifier.search.schedule import few_windows
 
 from .choices import Earlier, choose_budget, choose_layers, choose_spec
 from .followers import Followers, check_recipe
 from .options import Options
-from .upstream import windows_of
 
 __all__ = ["Plan", "make_plan", "needs_data"]
 
@@ -76,132 +65,13 @@ class Plan:
     cost: Cost
     followers: Followers | None
 
-    def windows(self, options: Options) -> CalibrationData | None:
+    def linearized(self, chosen: Iterable[int]) -> dict[int, LinearizedLayer]:
         """
-        Return the windows that the model runs over after the calibration pass.
+        Return all linearized layers by index, those of earlier runs included.
 
-        :param options: the recipe's
-        :return: None if it does not
+        :param chosen: decoder layers that this run replaces; others are not touched
         """
-        if options.holds_out:
-            return self.sources.data
-        if options.runs_again:
-            return replace(self.sources.data, held_out=frozenset())
-        return None
-
-    def num_replacements(self, options: Options) -> int:
-        """
-        Return how many replacements to keep of those of the calibration pass.
-
-        :param options: the recipe's
-        """
-        # Any layer may turn out to be chosen, unless these scores alone decide.
-        greedy = options.selection == "greedy"
-        all_of_them = options.holds_out or greedy or bool(self.budget.quota)
-        return len(self.candidates) if all_of_them else self.budget.num_layers
-
-    def calibration(
-        self,
-        options: Options,
-        model: PreTrainedModel,
-        progress: Progress,
-        *,
-        keep: int,
-        streams: Mapping[int, Tensor] | None = None,
-        store: StatisticsStore | None = None,
-        log_level: str = "INFO",
-    ) -> Calibration:
-        """
-        Return what measures the candidates in one pass over the windows.
-
-        :param options: the recipe's
-        :param model: the causal language model
-        :param progress: of the run
-        :param keep: how many replacements to keep
-        :param streams: as in :class:`Calibration`
-        :param store: likewise
-        :param log_level: of its lines
-        """
-        layers = decoder_layers(model, self.architecture)
-        solver = LayerSolver(
-            layers=MeasuredLayers(
-                {index: layers[index] for index in self.candidates},
-                self.candidates,
-                self.architecture,
-                self.spec,
-            ),
-            estimator=options.estimator,
-            dampening_frac=options.dampening_frac,
-            correlations=options.reports_correlations,
-            measure_held_out=options.holds_out,
-        )
-        return Calibration(
-            solver,
-            Leaderboard(options.criterion, keep),
-            held_out=self.sources.data.held_out,
-            streams=streams,
-            store=store,
-            log_level=log_level,
-            progress=progress,
-        )
-
-    def search(
-        self,
-        options: Options,
-        state: State,
-        calibration: Calibration,
-        progress: Progress,
-    ) -> Outcome:
-        """
-        Return which layers to replace, and by what.
-
-        :param options: the recipe's
-        :param state: the session's, with the model
-        :param calibration: of all candidates
-        :param progress: of the run
-        :raises RuntimeError: if a layer was never reached by calibration data
-        :raises ValueError: if no layer fits the budget, or a loss is not finite
-        """
-        self._check_seen(calibration)
-        model: PreTrainedModel = state.model
-        data, passes, held_out = self.windows(options), None, frozenset[int]()
-        if data is not None:
-            again = partial(self.calibration, options, model, progress)
-            keep, held_out = len(self.candidates), data.held_out
-            passes = Passes(
-                PartialForward(model, self.architecture, progress),
-                self.architecture,
-                windows_of(state, data),
-                lambda streams: again(keep=keep, streams=streams, log_level="DEBUG"),
-            )
-        # The basic pipeline has left this context by now.
-        with calibration_forward_context(model):
-            return find_replacements(
-                calibration, self._search_options(options), passes, held_out
-            )
-
-    def _check_seen(self, calibration: Calibration) -> None:
-        """Refuse to go on without a measurement of each layer."""
-        measured = calibration.measured
-        unseen = [name for i, name in self.candidates.items() if i not in measured]
-        if unseen:
-            raise RuntimeError(
-                f"{unseen[0]}: no activations were seen ({len(unseen)} such layers). "
-                "Attention must run as a module: set sequential_targets to the decoder "
-                "layer class, or leave it unset."
-            )
-
-    def _search_options(self, options: Options) -> SearchOptions:
-        """Return how layers are chosen, and what is done to them afterwards."""
-        return SearchOptions(
-            criterion=options.criterion,
-            budget=self.budget,
-            greedy=options.selection == "greedy",
-            refit=options.refit,
-            epochs=options.distill.epochs,
-            rate=options.distill.rate,
-            per_step=options.distill.windows_per_step,
-        )
+        return dict.fromkeys(chosen, self.spec) | dict(self.earlier.layers)
 
 
 def make_plan(

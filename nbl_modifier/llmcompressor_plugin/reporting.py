@@ -11,18 +11,19 @@ from loguru import logger
 from transformers import PreTrainedModel
 
 from nbl_modifier.calibration.calibration import Calibration
-from nbl_modifier.calibration.cost import Progress, duration
+from nbl_modifier.calibration.cost import Cost, Progress, duration
 from nbl_modifier.criteria import CRITERIA
 from nbl_modifier.hf.modeling_nbl import decoder_layers
 from nbl_modifier.records.compression import FORMAT_VERSION, LayerResult, NBLReport
 from nbl_modifier.records.provenance import collect_versions, utc_timestamp
+from nbl_modifier.report.tables import ranking_table
 from nbl_modifier.search.budget import explain, frees_nothing
 from nbl_modifier.search.outcome import Effect, Outcome
 
 from .options import Options
 from .plan import Plan
 
-__all__ = ["log_passes", "make_report", "warn_if_nothing_is_freed"]
+__all__ = ["log_choice", "log_cost", "log_ranking", "make_report"]
 
 
 def make_report(
@@ -131,30 +132,43 @@ def _kv_cache_left(
     return cache.without(replaced).allotted(length) / base.allotted(length)
 
 
-def warn_if_nothing_is_freed(
-    plan: Plan, model: PreTrainedModel, replaced: Collection[int]
+def log_cost(cost: Cost) -> None:
+    """
+    Say what the run is going to take, if it runs the model or measures anything.
+
+    :param cost: of the run
+    """
+    if cost.phases:
+        logger.info("NBL will take about {}", cost)
+
+
+def log_ranking(report: NBLReport, progress: Progress) -> None:
+    """
+    Say what was measured, and what it took.
+
+    :param report: of the run
+    :param progress: of the run, whose search has ended
+    """
+    passes, seconds = progress.passes, duration(progress.seconds)
+    logger.info("NBL: {:.1f} forward passes in {}", passes, seconds)
+    logger.info("NBL ranking\n{}", ranking_table(report))
+
+
+def log_choice(
+    report: NBLReport, plan: Plan, model: PreTrainedModel, replaced: Collection[int]
 ) -> None:
     """
-    Say so if vLLM sets aside as much KV cache as before.
+    Say what is replaced; warn if vLLM sets aside as much KV cache as before.
 
+    :param report: of the run
     :param plan: of the run
     :param model: the causal language model, whose configuration tells the sizes
     :param replaced: decoder layers
     """
+    logger.info("NBL replaces {}: {}", sorted(replaced), report.binding)
+    if report.kv_cache_left is None:  # the sizes are not known
+        return
     cache, _ = plan.earlier.kv_caches(model, plan.architecture)
     nothing = frees_nothing(cache, replaced, plan.candidates, plan.context)
     if nothing is not None:
         logger.warning("NBL: {}", nothing)
-
-
-def log_passes(progress: Progress) -> None:
-    """
-    Say what the run took.
-
-    :param progress: of the run
-    """
-    logger.info(
-        "NBL: {:.1f} forward passes in {}",
-        progress.passes,
-        duration(progress.seconds),
-    )

@@ -13,6 +13,7 @@ from typing import Any
 from nbl_modifier.criteria import TRIED
 
 __all__ = [
+    "check_budget",
     "check_options",
     "check_pattern",
     "refuse_boolean",
@@ -136,6 +137,26 @@ def check_options(values: Values, defaults: Values) -> None:
             "NBLModifier.method: wo_wv is a map of the input norm's output, from "
             "attention's own weights. It needs kind: attention and input: normalized, "
             f"got kind: {kind}, input: {reads}. Give these, or use method: linear."
+        )
+
+
+def check_budget(values: Values) -> None:
+    """
+    Refuse none, and more than one, of what says how many layers to replace.
+
+    :param values: of all fields, by name
+    :raises ValueError: naming the fields
+    """
+    ways = ("num_layers", "layers", "kv_cache_reduction")
+    limits = ("max_nmse", "max_perplexity_increase")
+    given = [name for name in ways if values[name] is not None]
+    limited = any(values[name] is not None for name in limits)
+    if len(given) > 1 or not (given or limited):
+        raise ValueError(
+            "NBLModifier needs one of num_layers (how many layers to replace), layers "
+            "(which ones) and kv_cache_reduction (the part of the KV cache to free), "
+            "or a limit, max_nmse or max_perplexity_increase, got "
+            f"{' and '.join(given) or 'neither'}."
         )
 
 

@@ -32,7 +32,8 @@ from nbl_modifier.records.compression import REPORT_FILE_NAME, NBLReport
 from nbl_modifier.replacement.surgery import on_disk
 from nbl_modifier.report.model_card import write_report
 
-from .upstream import fuse_experts, keep_expert_names, running_oneshot, wrap_saving
+from .session import running_oneshot
+from .upstream import fuse_experts, keep_expert_names, wrap_saving
 
 __all__ = ["publish", "register", "report_of"]
 
@@ -124,12 +125,9 @@ def register() -> None:
 
 def _publish_linearized(model: PreTrainedModel) -> None:
     """Called by ``oneshot()`` when it has loaded its model, before it runs."""
-    architecture = ARCHITECTURES.get(model.config.model_type.removeprefix("nbl_"))
-    if (
-        architecture is None
-        or model.config.model_type != architecture.nbl_model_type
-        or model.config.nbl_config is None
-    ):
+    families = {family.nbl_model_type: family for family in ARCHITECTURES.values()}
+    architecture = families.get(model.config.model_type)
+    if architecture is None or model.config.nbl_config is None:
         return
     report = report_of(model)
     if report is not None:  # figures of the checkpoint that this run starts from

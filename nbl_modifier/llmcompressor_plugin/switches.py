@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 from nbl_modifier.layer_statistics.windows import rewind_generator
 from nbl_modifier.numerics.products import FastProducts
 
+from .session import running_oneshot
 from .upstream import (
     FusedAttention,
     hide_bars,
     keep_causal_mask,
     release_causal_mask,
-    running_oneshot,
     show_bars,
 )
 

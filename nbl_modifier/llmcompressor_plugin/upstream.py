@@ -1,11 +1,10 @@
 """
-What llm-compressor 0.14 does not tell its modifiers, or gets wrong where it hurts NBL.
+What llm-compressor 0.14 gets wrong where it hurts NBL, mended from here.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
@@ -18,9 +17,7 @@ from compressed_tensors.modeling.attention import (
     QuantizedAttentionImpl,
 )
 from compressed_tensors.utils import patch_attr
-from llmcompressor.core import State
 from llmcompressor.entrypoints import utils as entrypoints
-from llmcompressor.entrypoints.oneshot import Oneshot
 from llmcompressor.modeling.moe.conversion_mappings import set_save_conversion_mapping
 from llmcompressor.modeling.moe.gpt_oss import GptOssLinearExperts
 from llmcompressor.modeling.moe.linearize import get_linearized_moes
@@ -35,12 +32,9 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nbl_modifier.architectures import Architecture
-from nbl_modifier.calibration.observer import BatchInFlight
-from nbl_modifier.layer_statistics.windows import CalibrationData, Windows
 
 __all__ = [
     "FusedAttention",
-    "batch_in_flight",
     "fuse_experts",
     "hide_bars",
     "keep_causal_mask",
@@ -48,54 +42,9 @@ __all__ = [
     "observe_queries",
     "quantized_attention",
     "release_causal_mask",
-    "running_oneshot",
     "show_bars",
-    "windows_of",
     "wrap_saving",
 ]
-
-
-def running_oneshot() -> Oneshot | None:
-    """
-    Return the ``oneshot()`` call that this code runs in, or None.
-
-    llm-compressor hands modifiers neither ``output_dir`` nor the dataset arguments
-    (llmcompressor 0.14.0.1, entrypoints/oneshot.py, ``apply_recipe_modifiers``), and a
-    bad output directory must be refused before hours of calibration rather than after.
-    Modifiers are initialized inside that call, so it is on the stack.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Oneshot):
-            return caller
-        frame = frame.f_back
-    return None
-
-
-def batch_in_flight(state: State) -> BatchInFlight:
-    """
-    Return what the session says about the batch that its pipeline runs.
-
-    :param state: the session's
-    """
-    number = state.current_batch_idx
-    return BatchInFlight(
-        number,
-        state.loss_masks[number] if state.loss_masks else None,
-        state.model.config._attn_implementation,
-    )
-
-
-def windows_of(state: State, data: CalibrationData) -> Windows:
-    """
-    Return the calibration windows, for passes of our own.
-
-    :param state: the session's, which has the masks of what counts
-    :param data: the calibration set
-    """
-    placeholder = getattr(state.model.config, "image_token_id", None)
-    return Windows(data.batches, state.loss_masks or None, placeholder)
 
 
 def keep_causal_mask() -> None:

@@ -88,7 +88,8 @@ class CovarianceAccumulator:
         what products are taken in.
 
         :param x: ``[num_tokens, d_in]``, any float dtype and device; not modified
-        :param y: ``[num_tokens, d_out]``, likewise; row i belongs to row i of x
+        :param y: ``[num_tokens, d_out]``, any float dtype and device; not modified; row
+            i belongs to row i of x
         :return: self
         :raises ValueError: on a wrong shape or a dtype that is not floating point
         :raises NonFiniteError: on NaN or inf; the accumulator is then unchanged

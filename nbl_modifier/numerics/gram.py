@@ -111,7 +111,7 @@ def add_cross_(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
     :param total: ``[d_left, d_right]``
     :param left: ``[num_rows, d_left]``, float64 or bfloat16, on the same device
-    :param right: ``[num_rows, d_right]``, likewise
+    :param right: ``[num_rows, d_right]``, in the dtype of ``left``, on the same device
     :return: ``total``
     """
     if left.dtype == total.dtype:

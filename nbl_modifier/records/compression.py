@@ -47,8 +47,8 @@ class LayerResult:
         and after attention, dimensionless
     :param loss: increase of the mean negative log-likelihood on held-out windows when
         this layer alone is replaced, nats per token, if measured
-    :param kl: divergence of the next-token distributions from the original model's,
-        likewise
+    :param kl: divergence of the next-token distributions from the original model's on
+        held-out windows when this layer alone is replaced, nats per token, if measured
     :param kl_angle: ``kl`` times the angle, in radians, between the residual stream
         before and after the original layer
     """

@@ -34,7 +34,7 @@ class TextResult:
     :param over_best: that over the one of the best method at the same number of layers;
         None where that is not known yet
     :param recovered: the part of what the reference method loses that is not lost here,
-        which tables call loss avoided; None as above
+        which tables call loss avoided; None where that is not known yet
     """
 
     perplexity: Value

@@ -46,7 +46,8 @@ class Replacement:
     :param weight: ``[hidden_size, hidden_size]``, in the dtype of the model, any
         device; ``[hidden_size, rank]`` if the map is of low rank; None if nothing is
         put in place
-    :param bias: ``[hidden_size]``, likewise, or None
+    :param bias: ``[hidden_size]``, in that dtype, any device; None if nothing is put in
+        place
     :param reduce: the factor applied first, ``[rank, hidden_size]``; None: full rank
     """
 

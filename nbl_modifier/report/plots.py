@@ -46,8 +46,8 @@ class Point:
     A model in a figure.
 
     :param label: written beside it
-    :param x: with its standard error, if known
-    :param y: likewise
+    :param x: value on the horizontal axis, and its standard error, if known
+    :param y: value on the vertical axis, and its standard error, if known
     :param is_base: whether it is the uncompressed model
     """
 

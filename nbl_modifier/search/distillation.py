@@ -37,9 +37,18 @@ from nbl_modifier.replacement.surgery import Replacement, execution_device, repl
 
 from .muon import Muon
 from .outcome import Outcome, finite
+from .predictions import divergence, target_tokens
 from .schedule import Schedule
-from .trained import ChannelSums, Inputs, TrainedGain, TrainedMap, trained_maps, using
-from .trials import OriginalLogits, Trial, Trials, divergence, target_tokens
+from .trained import (
+    ChannelSums,
+    Inputs,
+    TrainedGain,
+    TrainedMap,
+    trained_gains,
+    trained_maps,
+    using,
+)
+from .trials import OriginalLogits, Trial, Trials
 
 __all__ = ["RATES", "Distillation", "distill"]
 
@@ -144,12 +153,12 @@ class Distillation:
         :return: the best there was
         """
         start, before = best.replacements, best.trial.kl
-        maps, gains = trained_maps(start, inputs), self._gains(min(start))
+        maps = trained_maps(start, inputs)
+        gains = trained_gains(self._forward.layers[min(start) :])
         for epoch in range(epochs):
             # Each epoch anneals: what is measured at its end is at rest.
             self._train(maps, gains, rate, self._schedule.steps(epoch))
-            trained = {i: each.replacement() for i, each in maps.items()}
-            trial = self._try(trained, gains)
+            trained, trial = self._try(maps, gains)
             gained = best.trial.kl - trial.kl
             logger.info(
                 "NBL: distillation, epoch {} of at most {}: divergence from the "
@@ -184,13 +193,10 @@ class Distillation:
         steps = self._schedule.few()
         found = dict[float, float]()
         for rate in RATES:
-            maps, gains = (
-                trained_maps(replacements, inputs),
-                self._gains(min(replacements)),
-            )
+            maps = trained_maps(replacements, inputs)
+            gains = trained_gains(self._forward.layers[min(replacements) :])
             self._train(maps, gains, rate, steps)
-            trained = {i: each.replacement() for i, each in maps.items()}
-            trial = self._try(trained, gains)
+            _, trial = self._try(maps, gains)
             found[rate] = trial.kl if math.isfinite(trial.kl) else math.inf
         gained = {rate: before - kl for rate, kl in found.items()}
         enough = _ENOUGH * max(gained.values())
@@ -212,21 +218,12 @@ class Distillation:
         return best
 
     def _try(
-        self, trained: Mapping[int, Replacement], gains: Sequence[TrainedGain]
-    ) -> Trial:
+        self, maps: Mapping[int, TrainedMap], gains: Sequence[TrainedGain]
+    ) -> tuple[dict[int, Replacement], Trial]:
+        """Return the maps as they are now, and how they do on the held-out windows."""
+        trained = {index: each.replacement() for index, each in maps.items()}
         with self._undone(), using(gains):
-            return self._trials.together(trained)
-
-    def _gains(self, start: int) -> list[TrainedGain]:
-        """Return those of the norms from a decoder layer on; the head's stays."""
-        return [
-            TrainedGain(module)
-            for layer in self._forward.layers[start:]
-            for module in layer.modules()
-            if type(module).__name__.endswith("Norm")
-            and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
-            and weight.ndim == 1
-        ]
+            return trained, self._trials.together(trained)
 
     def _train(
         self,

@@ -6,7 +6,7 @@ each is measured.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -24,6 +24,7 @@ __all__ = [
     "Inputs",
     "TrainedGain",
     "TrainedMap",
+    "trained_gains",
     "trained_maps",
     "using",
 ]
@@ -215,8 +216,29 @@ class ChannelSums:
 def trained_maps(
     replacements: Mapping[int, Replacement], inputs: Inputs
 ) -> dict[int, TrainedMap]:
-    """Return what is trained, by decoder layer index."""
+    """
+    Return what is trained of the maps, by decoder layer index.
+
+    :param replacements: where to start, with weights, by decoder layer index
+    :param inputs: what each of them reads
+    """
     return {
         index: TrainedMap(replacement, *inputs[index])
         for index, replacement in replacements.items()
     }
+
+
+def trained_gains(layers: Iterable[nn.Module]) -> list[TrainedGain]:
+    """
+    Return what is trained of the norms.
+
+    :param layers: decoder layers, whose norms they are; the head's is none of them
+    """
+    return [
+        TrainedGain(module)
+        for layer in layers
+        for module in layer.modules()
+        if type(module).__name__.endswith("Norm")
+        and isinstance(weight := getattr(module, "weight", None), nn.Parameter)
+        and weight.ndim == 1
+    ]

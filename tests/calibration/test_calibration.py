@@ -12,7 +12,8 @@ from datasets import Dataset
 from nbl_modifier.calibration.calibration import Calibration
 from nbl_modifier.calibration.leaderboard import Leaderboard
 from nbl_modifier.calibration.solver import LayerSolver
-from nbl_modifier.layer_statistics.store import Origin, StatisticsStore
+from nbl_modifier.layer_statistics.origin import Origin
+from nbl_modifier.layer_statistics.store import StatisticsStore
 from tests.calibration.observed import Observed, observed, register
 
 pytestmark = pytest.mark.usefixtures("one_thread")

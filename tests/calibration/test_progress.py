@@ -46,7 +46,7 @@ def test_each_phase_is_logged_once_with_the_time_that_is_left(
 ) -> None:
     modifier = NBLModifier(num_layers=2, **ALL)
     compress(load(llama), [modifier], token_rows())
-    total = f"{modifier._progress.cost.passes:.1f} passes, about "
+    total = f"{modifier._run.progress.cost.passes:.1f} passes, about "
     lines = [line for line in logged if total in line]
     phases = ["measuring", "selection", "distillation"]
     assert [line.split()[1] for line in lines] == [f"{name}," for name in phases]

@@ -87,7 +87,7 @@ def calibrate(path: str) -> None:
         for name, tensor in model.state_dict().items()
         if "self_attn.linear" in name
     }
-    progress = recipe[0]._progress
+    progress = recipe[0]._run.progress
     answer = {
         "report": json.loads(report.to_json()),
         "maps": maps,

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nbl_modifier.layer_statistics.moments import LayerMoments, LayerStatistics
-from nbl_modifier.layer_statistics.store import Origin, StatisticsStore, windows_digest
+from nbl_modifier.layer_statistics.origin import Origin
+from nbl_modifier.layer_statistics.store import StatisticsStore, windows_digest
 from nbl_modifier.numerics import CovarianceStats
 
 ORIGIN = Origin("some/model", "0123", "4567", 8, 1, "attention", "normalized")

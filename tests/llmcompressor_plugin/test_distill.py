@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from nbl_modifier import NBLModifier
-from nbl_modifier.llmcompressor_plugin.distill import Distill
+from nbl_modifier import Distill, NBLModifier
 
 
 @pytest.mark.parametrize(
@@ -25,6 +24,15 @@ from nbl_modifier.llmcompressor_plugin.distill import Distill
 def test_distill_is_named_fields(distill: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NBLModifier(num_layers=1, distill=distill)
+
+
+def test_a_mapping_says_the_same() -> None:
+    """As in a recipe. Type checkers want the class, as mypy does of this file."""
+    typed = NBLModifier(num_layers=1, distill=Distill(epochs=2, rate=0.1))
+    fields: dict[str, Any] = {"distill": {"epochs": 2, "rate": 0.1}}
+    modifier = NBLModifier(num_layers=1, **fields)
+    assert isinstance(modifier.distill, Distill)
+    assert modifier.model_dump() == typed.model_dump()
 
 
 def test_preset_fills_in_what_distill_leaves_open(logged: list[str]) -> None:

@@ -25,7 +25,8 @@ from torch import nn
 
 import nbl_modifier.hf
 from nbl_modifier import NBLModifier
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.numerics.products import FastProducts
 from nbl_modifier.records.compression import NBLReport
 from tests.numerics import oracle

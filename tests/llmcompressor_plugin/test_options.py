@@ -17,8 +17,7 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from nbl_modifier import NBLModifier
-from nbl_modifier.llmcompressor_plugin.distill import Distill
+from nbl_modifier import Distill, NBLModifier
 from nbl_modifier.records.compression import NBLReport
 from tests.followers import TinyModels
 from tests.llmcompressor_plugin.test_modifier import ROUNDED, activations

@@ -82,4 +82,5 @@ def test_nothing_is_replaced_on_the_way(llama: Path) -> None:
     assert report.binding is None
     assert {layer.selected for layer in report.layers} == {False}
     assert all(layer.reason.endswith("ranked only") for layer in report.layers)
-    assert modifier._progress.passes == pytest.approx(modifier._progress.cost.passes)
+    progress = modifier._run.progress
+    assert progress.passes == pytest.approx(progress.cost.passes)

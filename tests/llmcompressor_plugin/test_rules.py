@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from nbl_modifier import NBLModifier
-from nbl_modifier.llmcompressor_plugin.distill import Distill
+from nbl_modifier import Distill, NBLModifier
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

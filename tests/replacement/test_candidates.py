@@ -322,24 +322,6 @@ def test_pipeline_without_data(llama: Path, rows: Dataset, tmp_path: Path) -> No
     assert "calibration data" in message
 
 
-def test_attention_that_is_never_called(
-    llama: Path, rows: Dataset, tmp_path: Path
-) -> None:
-    """Sequential targets inside attention take it apart; no hook would fire."""
-    with (
-        nothing_written(tmp_path),
-        pytest.raises(RuntimeError, match=r"layers\.0\.self_attn") as caught,
-    ):
-        compress(
-            load(llama),
-            one_layer(),
-            rows,
-            sequential_targets=["Linear"],
-            output_dir=str(tmp_path / "out"),
-        )
-    assert "sequential_targets" in str(caught.value)
-
-
 # --- output directories ---------------------------------------------------------------
 
 

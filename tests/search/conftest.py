@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.records.compression import NBLReport
 from tests.search.runs import run
 from tests.tiny_llama import (

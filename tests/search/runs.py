@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from nbl_modifier import NBLModifier
+from nbl_modifier.layer_statistics.windows import Batch
 from nbl_modifier.records.compression import LayerResult, NBLReport
 from tests.tiny_llama import (
     Model,
@@ -50,3 +51,15 @@ def mean_nll(model: Model, rows: Dataset, masks: Sequence[Any] | None = None) ->
                 total -= float(logs[position - 1, tokens[position]])
                 count += 1
     return total / count
+
+
+def padded_batches(count: int = 8) -> list[Batch]:
+    """Return batches of two windows of 24 tokens, 5 of the first one padding."""
+    generator = torch.Generator().manual_seed(0)
+    batches: list[Batch] = []
+    for _ in range(count):
+        tokens = torch.randint(2, 128, (2, 24), generator=generator)
+        mask = torch.ones_like(tokens)
+        mask[0, :5] = 0
+        batches.append({"input_ids": tokens, "attention_mask": mask})
+    return batches

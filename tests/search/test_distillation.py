@@ -11,19 +11,21 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import kl_div, linear
+from torch.nn.functional import linear
 
 from nbl_modifier import NBLModifier
 from nbl_modifier.architectures import architecture_of
 from nbl_modifier.calibration.forward import PartialForward, calling
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from nbl_modifier.hf.configuration_nbl import LinearizedLayer
-from nbl_modifier.layer_statistics.windows import Batch, Windows
+from nbl_modifier.layer_statistics.windows import Windows
 from nbl_modifier.records.compression import NBLReport
 from nbl_modifier.replacement.surgery import Replacement, replaced
 from nbl_modifier.search.distillation import RATES, Distillation
-from nbl_modifier.search.trials import Trials, divergence, target_tokens
+from nbl_modifier.search.trials import Trials
 from tests.followers import TinyModels
+from tests.search.runs import padded_batches
 from tests.tiny_llama import (
     DEMO_MODEL,
     Model,
@@ -182,41 +184,10 @@ def test_offloaded_models(llama: Path, rows: Dataset, tmp_path: Path) -> None:
 # --- what it is made of ---------------------------------------------------------------
 
 
-def padded_batches(count: int = 8) -> list[Batch]:
-    generator = torch.Generator().manual_seed(0)
-    batches: list[Batch] = []
-    for _ in range(count):
-        tokens = torch.randint(2, 128, (2, 24), generator=generator)
-        mask = torch.ones_like(tokens)
-        mask[0, :5] = 0
-        batches.append({"input_ids": tokens, "attention_mask": mask})
-    return batches
-
-
 def dense(index: int, d: int) -> Replacement:
     generator = torch.Generator().manual_seed(index)
     weight = torch.randn(d, d, generator=generator) / d
     return Replacement(LinearizedLayer("normalized"), weight, torch.zeros(d))
-
-
-def test_divergence_is_that_of_the_predictions_that_count() -> None:
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 24, 50)
-    logits = torch.randn(shape, generator=generator, dtype=torch.float32)
-    original = torch.randn(shape, generator=generator)
-    logits.requires_grad_(True)
-    windows = Windows(padded_batches(1))
-    total = divergence(target_tokens(windows, 0), logits, original)
-    total.backward()
-    plain = logits.detach().clone().requires_grad_(True)
-    logs, wanted = plain.log_softmax(-1), original.log_softmax(-1)
-    each = kl_div(logs, wanted, log_target=True, reduction="none").sum(-1)
-    # the token at t is predicted at t - 1; 5 are padding, and one is the first
-    expected = each[0, 5:23].sum() + each[1, 0:23].sum()
-    expected.backward()
-    torch.testing.assert_close(total, expected)
-    assert logits.grad is not None
-    torch.testing.assert_close(logits.grad, plain.grad)
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 2**30])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from nbl_modifier.evaluation.texts import pack, stdlib_texts
+from nbl_modifier.evaluation.texts import stdlib_texts
+from nbl_modifier.evaluation.token_windows import pack
 from tests.llmcompressor_plugin.test_modifier import activations, assert_map
 from tests.numerics import oracle
 from tests.search.runs import run
