@@ -28,6 +28,8 @@ class Origin:
         measured too, from which either can be fitted
     :param windows_digest: of the held-out windows; None if none are stored, or by
         format version 2
+    :param loss_masks: whether the masks that came with the data were used; None if none
+        came, or by a version that did not say
     """
 
     model: str
@@ -38,6 +40,7 @@ class Origin:
     kind: str
     input: str
     windows_digest: str | None = None
+    loss_masks: bool | None = None
 
     def fields(self) -> dict[str, Any]:
         """Return what is known, by name, as it is stored."""
@@ -85,6 +88,13 @@ class Origin:
                     f"{self.model}), but this run's {subject} has {needed}. {REMEDY}, "
                     "or use the model and data they are of."
                 )
+        masks = self.loss_masks
+        if None not in (masks, wanted.loss_masks) and masks != wanted.loss_masks:
+            raise ValueError(
+                f"statistics {folder}: taken with use_loss_mask={masks}, but this run "
+                f"has use_loss_mask={wanted.loss_masks}, and other tokens count. Pass "
+                f"use_loss_mask={masks} to oneshot(). {REMEDY} for the other."
+            )
         if wanted.input == "normalized" and self.input != "normalized":
             raise ValueError(
                 f"statistics {folder}: taken with input {self.input}, which says "

@@ -52,6 +52,7 @@ class Needs:
     :param heldout_nmse: errors on tokens that are not fitted on
     :param losses: losses on windows that are not fitted on
     :param windows: the model run again over all windows
+    :param loss_masks: only tokens count that the data's ``loss_mask``, if any, lets
     """
 
     kind: str
@@ -59,6 +60,7 @@ class Needs:
     heldout_nmse: bool
     losses: bool
     windows: bool
+    loss_masks: bool
 
 
 def open_sources(
@@ -92,6 +94,7 @@ def open_sources(
     # Saved statistics are to serve whatever is asked for later, here also losses.
     hold_out = needs.heldout_nmse or needs.losses or folder is not None
     data = check_calibration_data(batches, _hidden_size(model), hold_out, ranks)
+    data = replace(data, masks_count=needs.loss_masks)
     with ranks.failing_together():
         check_variety(model, data.batches)
     if needs.losses:
@@ -132,10 +135,12 @@ def _prepared(
     windows = list(chain.from_iterable(ranks.gather(mine)))
     version = StatisticsStore.version_in(folder)
     origin = _origin(model, data.num_samples, digest, needs, version)
+    masked = any("loss_mask" in batch for batch in data.batches)
     origin = replace(
         origin,
         held_out=sum(len(each["input_ids"]) for each in windows),
         windows_digest=windows_digest(windows) if version == FORMAT_VERSION else None,
+        loss_masks=data.masks_count if masked else None,
     )
     store = _created(folder, origin, ranks)
     with ranks.failing_together():
@@ -164,6 +169,8 @@ def _reused(
         )
     num_samples = store.origin.num_samples
     wanted = _origin(model, num_samples, "", needs, store.version)
+    # False is the default of oneshot(), and says nothing where there are no data.
+    wanted = replace(wanted, loss_masks=needs.loss_masks or None)
     store.origin.check(wanted, folder)
     if (needs.heldout_nmse or needs.losses) and not store.origin.held_out:
         raise ValueError(
@@ -180,7 +187,8 @@ def _reused(
     ranks = Ranks()
     windows = store.windows()[ranks.rank :: ranks.size] if needs.losses else []
     held_out = frozenset(range(len(windows)))
-    data = CalibrationData(list(windows), num_samples, held_out)
+    masks_count = store.origin.loss_masks is not False
+    data = CalibrationData(list(windows), num_samples, held_out, masks_count)
     if needs.losses:
         check_predictable(_held_out(data))
     return Sources(data, store, complete=True)

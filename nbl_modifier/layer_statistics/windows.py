@@ -45,13 +45,13 @@ class Windows:
     :param batches: what the model is called with: ``input_ids``, ``attention_mask``
         and the like, ``[batch, tokens]``
     :param loss_masks: ``[batch, tokens]``, nonzero where a token counts, for each
-        batch, or None
+        batch, None for one of which all do; or None
     :param placeholder: token that stands for a piece of an image, never to be
         predicted, or None
     """
 
     batches: Sequence[Batch]
-    loss_masks: Sequence[Tensor] | None = None
+    loss_masks: Sequence[Tensor | None] | None = None
     placeholder: int | None = None
 
     def targets(self, number: int) -> Tensor:
@@ -68,8 +68,9 @@ class Windows:
         counts = mask != 0  # not .bool(), which of a mask that is bool is no copy
         counts[:, 1:] &= counts[:, :-1].clone()
         counts[:, 0] = False
-        if self.loss_masks is not None:
-            counts &= self.loss_masks[number].to(tokens.device) != 0
+        loss_mask = None if self.loss_masks is None else self.loss_masks[number]
+        if loss_mask is not None:
+            counts &= loss_mask.to(tokens.device) != 0
         if self.placeholder is not None:
             counts &= tokens != self.placeholder
         return counts
@@ -90,7 +91,7 @@ class Windows:
         A batch in which not every tensor has a row for each window stays as it is.
         """
         batches: list[Batch] = []
-        masks: list[Tensor] = []
+        masks: list[Tensor | None] = []
         for number, batch in enumerate(self.batches):
             count = len(batch["input_ids"])
             whole = any(len(values) != count for values in batch.values())
@@ -98,7 +99,8 @@ class Windows:
             for part in parts:
                 batches.append({name: values[part] for name, values in batch.items()})
                 if self.loss_masks is not None:
-                    masks.append(self.loss_masks[number][part])
+                    mask = self.loss_masks[number]
+                    masks.append(None if mask is None else mask[part])
         return Windows(batches, masks or None, self.placeholder)
 
 
@@ -135,17 +137,20 @@ class CalibrationData:
     :param batches: in the order in which the pass draws them
     :param num_samples: sequences in all batches, of all processes
     :param held_out: numbers of the batches that are not to be fitted on
+    :param masks_count: whether the run uses the masks that came with the batches
     """
 
     batches: list[Mapping[str, Tensor]]
     num_samples: int
     held_out: frozenset[int]
+    masks_count: bool = False
 
     @property
-    def loss_masks(self) -> list[Tensor] | None:
-        """Those that came with the batches, ``[batch, tokens]`` each, if any did."""
-        masks = [batch["loss_mask"] for batch in self.batches if "loss_mask" in batch]
-        return masks or None
+    def loss_masks(self) -> list[Tensor | None] | None:
+        """Those that count, ``[batch, tokens]``, if any; None for a batch without."""
+        masks = [batch.get("loss_mask") for batch in self.batches]
+        some = any(mask is not None for mask in masks)
+        return masks if self.masks_count and some else None
 
 
 def check_calibration_data(

@@ -66,8 +66,6 @@ class MeasuringModifier(Options, Modifier):
         plan = make_plan(self, state, running_oneshot(), kwargs)
         # llm-compressor runs the model over the data only where a modifier asks for it.
         self.requires_calibration_data = not plan.sources.complete
-        if plan.sources.complete:  # so it will not look at the data for us
-            state.loss_masks = plan.sources.data.loss_masks
         self._switches = Switches(state.model)
         line = ProgressLine()
         self._switches.of_pass.callback(line.close)

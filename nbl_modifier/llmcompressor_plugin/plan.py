@@ -103,7 +103,7 @@ def make_plan(
     spec = choose_spec(options, model, architecture, names, budget.num_layers)
     if spec.rank is not None and followers is not None:
         followers.refuse_groups(spec.rank, f"{names[0]}.linear")
-    sources = _open_sources(options, state, candidates, spec)
+    sources = _open_sources(options, state, candidates, spec, oneshot)
     if oneshot is not None and oneshot.output_dir is not None:
         check_output_directory(oneshot.output_dir, architecture)
     cost = _cost(options, model, architecture, candidates, budget, spec, sources)
@@ -149,6 +149,7 @@ def _open_sources(
     state: State,
     candidates: Mapping[int, str],
     spec: LinearizedLayer,
+    oneshot: Oneshot | None,
 ) -> Sources:
     """Return what is measured on."""
     needs = Needs(
@@ -157,6 +158,7 @@ def _open_sources(
         heldout_nmse=options.max_nmse is not None,
         losses=options.measures_losses,
         windows=options.runs_again,
+        loss_masks=oneshot is not None and oneshot.dataset_args.use_loss_mask,
     )
     try:
         return open_sources(

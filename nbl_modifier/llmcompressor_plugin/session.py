@@ -49,8 +49,9 @@ def windows_of(state: State, data: CalibrationData) -> Windows:
     """
     Return the calibration windows, for passes of our own.
 
-    :param state: the session's, which has the masks of what counts
-    :param data: the calibration set
+    :param state: the session's, which has the masks of what counts once its pipeline
+        has run over the data
+    :param data: the calibration set, whose masks these are where none had to
     """
     placeholder = getattr(state.model.config, "image_token_id", None)
-    return Windows(data.batches, state.loss_masks or None, placeholder)
+    return Windows(data.batches, state.loss_masks or data.loss_masks, placeholder)

@@ -26,6 +26,7 @@ def test_fields_come_back(windows: str | None) -> None:
         ({"model": None}, "model=None"),
         ({"held_out": "1"}, "held_out='1'"),
         ({"windows_digest": 5}, "windows_digest=5"),
+        ({"loss_masks": "yes"}, "loss_masks='yes'"),
         ({"author": "me", "kind": 1}, "author='me', kind=1"),
     ],
 )
@@ -55,6 +56,24 @@ def test_what_is_not_known_of_a_run_is_not_compared() -> None:
     """Without calibration data nothing is known of them."""
     wanted = replace(ORIGIN, data_digest="", held_out=0, windows_digest=None)
     ORIGIN.check(wanted, "here")
+
+
+@pytest.mark.parametrize("found", [None, False, True])
+@pytest.mark.parametrize("wanted", [None, False, True])
+def test_masks_are_compared_where_both_say(
+    found: bool | None, wanted: bool | None
+) -> None:
+    origin = replace(ORIGIN, loss_masks=found)
+    assert Origin.of(origin.fields()) == origin
+    asked = replace(ORIGIN, loss_masks=wanted)
+    if None in (found, wanted) or found == wanted:
+        origin.check(asked, "here")
+        return
+    with pytest.raises(ValueError, match=f"taken with use_loss_mask={found}, ") as err:
+        origin.check(asked, "here")
+    assert f"run has use_loss_mask={wanted}" in str(err.value)
+    assert f"Pass use_loss_mask={found}" in str(err.value)
+    assert REMEDY in str(err.value)
 
 
 def test_normalized_input_serves_both() -> None:

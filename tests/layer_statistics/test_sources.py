@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -14,10 +15,17 @@ from typing import Any
 import pytest
 import torch
 from llmcompressor.modifiers.quantization import GPTQModifier
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from nbl_modifier import NBLModifier
-from nbl_modifier.layer_statistics.fingerprint import sampled_model_digest
+from nbl_modifier.layer_statistics.fingerprint import (
+    sampled_model_digest,
+    tensors_digest,
+)
 from nbl_modifier.layer_statistics.moments import LayerStatistics
+from nbl_modifier.layer_statistics.store import StatisticsStore
+from nbl_modifier.records.compression import NBLReport
 from tests.layer_statistics.test_store import make_version_2
 from tests.tiny_llama import (
     FOUR_BITS,
@@ -370,3 +378,116 @@ def test_full_disk_is_named(
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert not list((tmp_path / "s").glob("*.unfinished"))
+
+
+MASKS = [[1, 1, 0, 1] * 16] * 16
+
+
+def masked_rows() -> Any:
+    return token_rows().add_column("loss_mask", MASKS)
+
+
+def run_masked(llama: Path, rows: Any, counts: bool, **fields: Any) -> NBLReport:
+    """Return the report of a run that ranks by losses on held-out windows."""
+    modifier = NBLModifier(num_layers=1, criterion="loss", **fields)
+    compress(load(llama), modifier, rows, use_loss_mask=counts)
+    assert modifier.report is not None
+    return modifier.report
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_masks_count_as_the_run_says(llama: Path, tmp_path: Path, counts: bool) -> None:
+    """Losses too, whether the pass was made before or not."""
+    rows, folder = masked_rows(), str(tmp_path)
+    fresh = run_masked(llama, rows, counts)
+    # four of 16 windows are held out
+    assert fresh.num_tokens == (sum(map(sum, MASKS[:12])) if counts else 12 * 64)
+    run_masked(llama, rows, counts, statistics=folder)
+    again = run_masked(llama, rows, counts, statistics=folder)
+    # without data the call's default can mean no masks of its own
+    alone = run_masked(llama, None, False, statistics=folder)
+    for report in (again, alone):
+        assert report.heldout == fresh.heldout
+        assert report.num_tokens == fresh.num_tokens
+
+
+@pytest.mark.parametrize("complete", [False, True])
+@pytest.mark.parametrize("measured", [False, True])
+def test_statistics_with_and_without_masks_are_told_apart(
+    llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: bool,
+    complete: bool,
+) -> None:
+    run_masked(llama, masked_rows(), measured, statistics=str(tmp_path))
+    if not complete:
+        (tmp_path / "layer-00002.safetensors").unlink()
+    monkeypatch.setattr(LayerStatistics, "update", None)  # before calibration
+    message = (
+        f"statistics {tmp_path}: taken with use_loss_mask={measured}, but this run has "
+        f"use_loss_mask={not measured}, and other tokens count. Pass "
+        f"use_loss_mask={measured} to oneshot()"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run_masked(llama, masked_rows(), not measured, statistics=str(tmp_path))
+
+
+def test_masks_that_statistics_have_not_used_are_refused_without_data(
+    llama: Path, tmp_path: Path
+) -> None:
+    run_masked(llama, masked_rows(), False, statistics=str(tmp_path))
+    with pytest.raises(ValueError, match="taken with use_loss_mask=False"):
+        run_masked(llama, None, True, statistics=str(tmp_path))
+
+
+def test_data_without_masks_are_the_same_with_and_without_them(
+    llama: Path, tmp_path: Path
+) -> None:
+    """llm-compressor counts every token then, and the statistics say nothing of it."""
+    fresh = run_masked(llama, token_rows(), False, statistics=str(tmp_path))
+    assert "loss_masks" not in json.loads((tmp_path / "statistics.json").read_text())
+    assert run_masked(llama, token_rows(), True).heldout == fresh.heldout
+    for rows in (token_rows(), None):
+        again = run_masked(llama, rows, True, statistics=str(tmp_path))
+        assert again.heldout == fresh.heldout
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_statistics_that_do_not_say_whether_masks_count_are_used(
+    llama: Path, tmp_path: Path, measured: bool
+) -> None:
+    """As they were written before they said it."""
+    run_masked(llama, masked_rows(), measured, statistics=str(tmp_path))
+    forget_masks(tmp_path)
+    assert StatisticsStore.open(tmp_path).origin.loss_masks is None
+    fresh = run_masked(llama, masked_rows(), measured)
+    again = run_masked(llama, masked_rows(), measured, statistics=str(tmp_path))
+    assert again.heldout == fresh.heldout
+    assert again.num_tokens == fresh.num_tokens
+    run_masked(llama, None, False, statistics=str(tmp_path))
+
+
+def forget_masks(folder: Path) -> None:
+    """Take out of a folder what it says of masks."""
+    path = folder / "statistics.json"
+    fields = json.loads(path.read_text())
+    del fields["loss_masks"]
+    path.write_text(json.dumps(fields))
+    del fields["format_version"]
+    for file in folder.glob("layer-*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        del metadata["digest"]
+        metadata["origin"] = json.dumps(fields)
+        tensors = load_file(file)
+        metadata["digest"] = tensors_digest(tensors, metadata)
+        save_file(tensors, file, metadata=metadata)
+
+
+def test_masks_that_do_not_count_refuse_no_windows(llama: Path) -> None:
+    """Whatever is in a column that the run does not use."""
+    rows = token_rows().add_column("loss_mask", [[0] * 64] * 16)
+    run_masked(llama, rows, False)
+    with pytest.raises(ValueError, match="held-out"):
+        run_masked(llama, rows, True)

@@ -44,7 +44,8 @@ def make_version_2(folder: Path) -> None:
     """Turn a folder into what commit 0f3852f would have written."""
     path = folder / "statistics.json"
     fields = json.loads(path.read_text()) | {"format_version": 2}
-    fields.pop("windows_digest", None)
+    for later in ("windows_digest", "loss_masks"):
+        fields.pop(later, None)
     path.write_text(json.dumps(fields))
     del fields["format_version"]
     for file in folder.glob("layer-*.safetensors"):

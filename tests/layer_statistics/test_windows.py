@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which windows are held out, and which tokens are predicted."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbl_modifier.layer_statistics.windows import Windows, held_out_batches
+from nbl_modifier.layer_statistics.windows import (
+    CalibrationData,
+    Windows,
+    held_out_batches,
+)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +72,27 @@ def test_selection_keeps_masks_with_their_batches() -> None:
     masks = [torch.full((2, 3), i) for i in range(4)]
     chosen = Windows(batches, masks).select({3, 1})
     assert [int(batch["input_ids"][0, 0]) for batch in chosen.batches] == [1, 3]
-    assert chosen.loss_masks is not None
-    assert [int(mask[0, 0]) for mask in chosen.loss_masks] == [1, 3]
+    assert chosen.loss_masks == [masks[1], masks[3]]  # the same objects
     assert Windows(batches).select([0]).loss_masks is None
+
+
+def test_batches_without_a_mask_count_whole() -> None:
+    """As llm-compressor's pipelines take them, which ask each batch for its own."""
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
+    batches: list[Mapping[str, torch.Tensor]] = [
+        {"input_ids": tokens, "loss_mask": mask},
+        {"input_ids": tokens},
+    ]
+    assert CalibrationData(batches, 4, frozenset()).loss_masks is None
+    data = CalibrationData(batches, 4, frozenset(), masks_count=True)
+    windows = Windows(data.batches, data.loss_masks)
+    expected = [[0, 1, 0], [0, 0, 1], [0, 1, 1], [0, 1, 1]]
+    whole = torch.cat([windows.targets(0), windows.targets(1)])
+    assert whole.int().tolist() == expected
+    single = windows.one_by_one()
+    assert [single.targets(i)[0].int().tolist() for i in range(4)] == expected
+    assert CalibrationData(batches[1:], 2, frozenset(), True).loss_masks is None
 
 
 def test_one_by_one() -> None:
