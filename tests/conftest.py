@@ -43,13 +43,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """
-    Let the garbage collector no longer look at what all imports have made.
+    Let the garbage collector no longer look at what all imports have made, and seldom.
 
     With torch, transformers and llmcompressor in memory that is over half a million
     objects, and took a quarter of the tests' time.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture

@@ -286,7 +286,7 @@ def test_passes_that_statistics_spare_are_not_counted(
 def test_preset_best_takes_about_as_many_forward_passes_as_stated() -> None:
     """How many layers greedy selection tries again depends on the model."""
     texts = stdlib_texts("calibration")
-    source = pack(texts, demo_tokenizer(), seq_length=128, num_sequences=48)
+    source = pack(texts, demo_tokenizer(), seq_length=128, num_sequences=32)
     model = load(DEMO_MODEL)
     counter = WindowCounter(model)
     modifier = NBLModifier(num_layers=4, preset="best")

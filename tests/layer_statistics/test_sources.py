@@ -15,18 +15,15 @@ from typing import Any
 import pytest
 import torch
 from llmcompressor.modifiers.quantization import GPTQModifier
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from nbl_modifier import NBLModifier
 from nbl_modifier.layer_statistics.fingerprint import (
     sampled_model_digest,
-    tensors_digest,
 )
 from nbl_modifier.layer_statistics.moments import LayerStatistics
 from nbl_modifier.layer_statistics.store import StatisticsStore
 from nbl_modifier.records.compression import NBLReport
-from tests.layer_statistics.test_store import make_version_2
+from tests.layer_statistics.test_store import make_version_2, rewrite
 from tests.tiny_llama import (
     FOUR_BITS,
     Model,
@@ -470,19 +467,9 @@ def test_statistics_that_do_not_say_whether_masks_count_are_used(
 
 def forget_masks(folder: Path) -> None:
     """Take out of a folder what it says of masks."""
-    path = folder / "statistics.json"
-    fields = json.loads(path.read_text())
+    fields = json.loads((folder / "statistics.json").read_text())
     del fields["loss_masks"]
-    path.write_text(json.dumps(fields))
-    del fields["format_version"]
-    for file in folder.glob("layer-*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        del metadata["digest"]
-        metadata["origin"] = json.dumps(fields)
-        tensors = load_file(file)
-        metadata["digest"] = tensors_digest(tensors, metadata)
-        save_file(tensors, file, metadata=metadata)
+    rewrite(folder, fields)
 
 
 def test_masks_that_do_not_count_refuse_no_windows(llama: Path) -> None:

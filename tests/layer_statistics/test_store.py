@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from nbl_modifier.layer_statistics.fingerprint import tensors_digest
 from nbl_modifier.layer_statistics.moments import LayerMoments, LayerStatistics
 from nbl_modifier.layer_statistics.origin import Origin
 from nbl_modifier.layer_statistics.store import StatisticsStore, windows_digest
@@ -40,20 +41,28 @@ def of(windows: list[dict[str, torch.Tensor]]) -> Origin:
     return replace(ORIGIN, windows_digest=windows_digest(windows))
 
 
+def rewrite(folder: Path, fields: dict[str, Any], **metadata: str) -> None:
+    """Let a folder and its layers say something else of what they are of."""
+    (folder / "statistics.json").write_text(json.dumps(fields))
+    origin = {name: fields[name] for name in fields if name != "format_version"}
+    for file in folder.glob("layer-*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            before = opened.metadata()
+        del before["digest"]
+        tensors = load_file(file)
+        after = before | metadata | {"origin": json.dumps(origin)}
+        if fields["format_version"] > 2:
+            after["digest"] = tensors_digest(tensors, after)
+        save_file(tensors, file, metadata=after)
+
+
 def make_version_2(folder: Path) -> None:
     """Turn a folder into what commit 0f3852f would have written."""
     path = folder / "statistics.json"
     fields = json.loads(path.read_text()) | {"format_version": 2}
     for later in ("windows_digest", "loss_masks"):
         fields.pop(later, None)
-    path.write_text(json.dumps(fields))
-    del fields["format_version"]
-    for file in folder.glob("layer-*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata()
-        del metadata["digest"]
-        metadata |= {"format_version": "2", "origin": json.dumps(fields)}
-        save_file(load_file(file), file, metadata=metadata)
+    rewrite(folder, fields, format_version="2")
 
 
 def assert_same(mine: CovarianceStats | None, theirs: CovarianceStats | None) -> None:
