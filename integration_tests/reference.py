@@ -48,15 +48,20 @@ def reference(directory: Path, dtype: str, model: str) -> Reference:
 
 
 @cache
-def prompt_logprobs(directory: Path, dtype: str, model: str) -> torch.Tensor:
+def prompt_logprobs(
+    directory: Path, dtype: str, model: str, in_float32: bool = False
+) -> torch.Tensor:
     """
     Return the prompts' log-probabilities in transformers, as in :class:`Reference`.
 
     :param directory: checkpoint
     :param dtype: name of a torch dtype
     :param model: see :class:`Row`
+    :param in_float32: compute in float32 with the weights as ``dtype`` has them
     """
     loaded = load_model(directory, getattr(torch, dtype))
+    if in_float32:
+        loaded = loaded.float()
     return torch.cat([logprobs(loaded, prompt) for prompt in prompts(model)])
 
 

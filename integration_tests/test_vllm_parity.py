@@ -137,7 +137,6 @@ def test_logprobs(
     row: Row,
     made: Materials,
     served: Serve,
-    base: Serve,
     engine: StartEngine,
     record_property: Record,
 ) -> None:
@@ -145,13 +144,15 @@ def test_logprobs(
     Log-probabilities of the prompts' tokens are transformers', up to rounding.
 
     ``max``: an absolute bound.
-    ``relative_to_base: unquantized``: vLLM is no farther from transformers than it is
-    with the base model; half as much again in the mean is many of its standard errors
-    (3%, 1,330 tokens), and the maximum, a single token, may be one rounding step of a
-    logit more, 2^-4 for bfloat16 logits of 8 to 16.
-    ``relative_to_base: same_scheme``: the same with the base model quantized as the row
-    is, because quantized kernels differ by more. One token may then differ by any
-    number of steps, so the 99th percentile takes the maximum's place.
+    ``rounding: transformers``: vLLM is no farther from what the same weights give in
+    float32 than transformers is, both computing in the row's dtype; half as much again
+    in the mean is many of its standard errors (3%, 1,330 tokens), and the maximum, a
+    single token, may be one rounding step of a logit more, 2^-4 for bfloat16 logits of
+    8 to 16.
+    ``rounding: quantized base``: vLLM is no farther from transformers than it is with
+    the base model quantized as the row is, because quantized kernels round otherwise.
+    One token may then differ by any number of steps, so the 99th percentile takes the
+    maximum's place.
     ``quantization_effect``: the distance is at most this fraction of what quantization
     changes.
     """
@@ -161,23 +162,25 @@ def test_logprobs(
     record_distance(record_property, "", difference)
     if "max" in rule:
         assert difference.max() <= rule["max"]
-    if "relative_to_base" in rule:
-        if rule["relative_to_base"] == "same_scheme":
-            directory = made.checkpoint(row.quantizer_text, row.model)
-            answer = engine(
-                directory, row.model, engine={"dtype": row.dtype} | row.engine
-            )
-        else:
-            directory, answer = made.model(row.model), base(row)
+    if rule.get("rounding") == "transformers":
+        exact = prompt_logprobs(
+            in_transformers(row, made), row.dtype, row.model, in_float32=True
+        )
+        difference = distance(served(row).logprobs, exact)
+        record_distance(record_property, "exact_", difference)
+        allowed = distance(expected, exact)
+        record_distance(record_property, "transformers_exact_", allowed)
+        assert difference.mean() <= 1.5 * allowed.mean()
+        assert difference.max() <= 1.5 * allowed.max() + 2**-4
+    if rule.get("rounding") == "quantized base":
+        directory = made.checkpoint(row.quantizer_text, row.model)
+        answer = engine(directory, row.model, engine={"dtype": row.dtype} | row.engine)
         in_base = distance(
             answer.logprobs, prompt_logprobs(directory, row.dtype, row.model)
         )
         record_distance(record_property, "base_", in_base)
         assert difference.mean() <= 1.5 * in_base.mean()
-        if rule["relative_to_base"] == "same_scheme":
-            assert difference.quantile(0.99) <= 1.5 * in_base.quantile(0.99)
-        else:
-            assert difference.max() <= 1.5 * in_base.max() + 2**-4
+        assert difference.quantile(0.99) <= 1.5 * in_base.quantile(0.99)
     if "quantization_effect" in rule:
         dense = made.checkpoint(row.nbl_text, row.model)
         quantized = made.checkpoint(row.recipe_text, row.model)
