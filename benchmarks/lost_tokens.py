@@ -4,17 +4,21 @@ Which tokens does a checkpoint lose on? One kind of token may make most of a rat
 
 On the held-out windows that paper_table.py measures: for each checkpoint and text the
 token whose prediction lost most in all, its part of the text and of the loss, and
-the perplexity of the rest, times the base model's::
+the perplexity of the rest, times the base model's; with ``--again``, also of windows
+that say their first half again, whose second half shows what the model copies::
 
     python benchmarks/lost_tokens.py --model .cache/models/SmolLM2-135M-Instruct \\
         --calibration c4=c4_demo.json --text wikitext2=wikitext2_test.txt \\
         paper_table/NBL-best-m4/checkpoint paper_table/DROP-m4/checkpoint
 """
 
+from __future__ import annotations
+
 import argparse
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +55,40 @@ def parse_arguments() -> argparse.Namespace:
     add("--seq-len", type=int, default=512, help="tokens per window (512)")
     add("--top", type=int, default=1, help="kinds of token to show (1)")
     add("--batch-size", type=int, default=8)
+    add("--again", action="store_true", help="also what is copied from the context")
     return parser.parse_args()
 
 
-def nlls(model: str | Path, windows: Dataset, batch_size: int) -> Tensor:
-    """Return the negative log-likelihood of each token, ``[num_tokens]`` in nats."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    return torch.cat(token_nlls(loaded, windows, batch_size)).double()
+@dataclass(frozen=True)
+class Text:
+    """
+    Windows, and what of them counts.
+
+    :param windows: rows with ``input_ids``
+    :param start: the first token of each window that counts, not the first of all
+    """
+
+    windows: Dataset
+    start: int = 1
+
+    @property
+    def tokens(self) -> Tensor:
+        """Those that count, ``[num_tokens]``."""
+        ids = self.windows["input_ids"]
+        return torch.cat([torch.tensor(window[self.start :]) for window in ids])
+
+    @property
+    def said_again(self) -> Text:
+        """The first half of each window twice, of which the second one counts."""
+        halves = [ids[: len(ids) // 2] for ids in self.windows["input_ids"]]
+        twice = Dataset.from_dict({"input_ids": [half * 2 for half in halves]})
+        return Text(twice, len(halves[0]))
+
+    def nlls(self, model: str | Path, batch_size: int) -> Tensor:
+        """Return the negative log-likelihood of these, ``[num_tokens]`` in nats."""
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        found = token_nlls(loaded, self.windows, batch_size)
+        return torch.cat([nll[self.start - 1 :] for nll in found]).double()
 
 
 def worst_tokens(lost: Tensor, tokens: Tensor, top: int) -> Iterator[int]:
@@ -93,7 +124,7 @@ def main() -> int:
     args = parse_arguments()
     nbl_modifier.register()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    texts = load_windows(
+    found = load_windows(
         args.calibration,
         args.text,
         tokenizer,
@@ -102,20 +133,16 @@ def main() -> int:
         seq_len=args.seq_len,
         seed=0,
     ).heldout
-    tokens = {
-        name: torch.cat([torch.tensor(ids[1:]) for ids in windows["input_ids"]])
-        for name, windows in texts.items()
-    }
-    base = {
-        name: nlls(args.model, windows, args.batch_size)
-        for name, windows in texts.items()
-    }
+    texts = {name: Text(windows) for name, windows in found.items()}
+    if args.again:
+        texts |= {f"{name}, said again": t.said_again for name, t in texts.items()}
+    base = {name: t.nlls(args.model, args.batch_size) for name, t in texts.items()}
     rows: list[tuple[str, ...]] = []
     for checkpoint in args.checkpoints:
         name = f"{checkpoint.parent.name}/{checkpoint.name}"
-        for text, windows in texts.items():
-            lost = nlls(checkpoint, windows, args.batch_size) - base[text]
-            rows += rows_of(name, text, lost, tokens[text], tokenizer, args.top)
+        for text, each in texts.items():
+            lost = each.nlls(checkpoint, args.batch_size) - base[text]
+            rows += rows_of(name, text, lost, each.tokens, tokenizer, args.top)
     print(Table(HEADER, rows).to_markdown())
     return 0
 

@@ -28,6 +28,7 @@ from nbl_modifier.layer_statistics.windows import held_out_batches
 from nbl_modifier.llmcompressor_plugin.distill import Distill
 from nbl_modifier.llmcompressor_plugin.options import Options
 from nbl_modifier.records.methods import METHODS_FILE_NAME, MethodsTable, Value
+from nbl_modifier.search.copying import num_repeating
 from nbl_modifier.search.distillation import RATES
 from nbl_modifier.search.schedule import few_windows
 
@@ -111,6 +112,9 @@ def cost() -> str:
             num_layers=count, preset="best", distill=Distill(epochs=0)
         ),
         "`preset: best`": NBLModifier(num_layers=count, preset="best"),
+        "`preset: best`, `copying: true`": NBLModifier(
+            num_layers=count, preset="best", copying=True
+        ),
     }
     lines = [
         "| | measuring | choosing | distillation | forward passes | backward passes |",
@@ -129,6 +133,7 @@ def cost() -> str:
             epochs=recipe.distill.epochs,
             rates=len(RATES),
             few=few_windows(None, Ranks()),
+            repeating=num_repeating(held_out) if recipe.copying else 0,
         )
         made = Cost(num_layers, windows, windows * tokens, plan(settings))
         of = {phase.name: made.passes_of(phase) for phase in made.phases}

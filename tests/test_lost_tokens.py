@@ -54,9 +54,11 @@ def test_table_of_a_checkpoint(
     sizes = {"samples": 4, "heldout_windows": 4, "seq_len": 64}
     options = [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items()]
     arguments = ["--model", str(DEMO_MODEL), "--calibration", f"code={text}", *options]
-    monkeypatch.setattr(sys, "argv", ["lost_tokens.py", str(checkpoint), *arguments])
+    argv = ["lost_tokens.py", str(checkpoint), *arguments, "--again"]
+    monkeypatch.setattr(sys, "argv", argv)
     assert lost_tokens.main() == 0
-    (row,) = re.findall(r"^\| paper/drop .*$", capsys.readouterr().out, re.MULTILINE)
+    printed = capsys.readouterr().out
+    row, again = re.findall(r"^\| paper/drop .*$", printed, re.MULTILINE)
     _, _, name, ratio, token, tokens, loss, rest, _ = map(str.strip, row.split("|"))
     assert name == "code"
     assert token[0] == token[-1] == "'"
@@ -72,3 +74,11 @@ def test_table_of_a_checkpoint(
     others = (1 - part) * math.log(float(ratio)) / (1 - of_tokens)
     assert float(rest) == pytest.approx(math.exp(others), abs=5e-3)
     assert 0 < part <= 1
+    assert again.split("|")[2].strip() == "code, said again"
+    twice = [(ids[:32] * 2) for ids in windows["input_ids"]]
+    second = [
+        torch.cat([nll[31:] for nll in token_nlls(load(path), twice)]).double().mean()
+        for path in (checkpoint, DEMO_MODEL)
+    ]
+    expected = math.exp(second[0] - second[1])
+    assert float(again.split("|")[3]) == pytest.approx(expected, abs=1e-4)

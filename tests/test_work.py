@@ -235,6 +235,8 @@ KNOWN: list[dict[str, Any]] = [
     },
     {"layers": [1, 2], "distill": {"epochs": 1}},
     {"layers": [1, 2], "distill": {"epochs": 1, "rate": 0.01}},
+    {"num_layers": 2, "criterion": "kl", "copying": True},
+    {"layers": [1, 2], "distill": {"epochs": 1, "rate": 0.01}, "copying": True},
 ]
 
 

@@ -66,6 +66,7 @@ class Settings:
     :param few: windows that each of them is tried on
     :param recomputes: whether backward runs each layer again
     :param measures: whether statistics are taken, not read
+    :param repeating: windows besides the held-out ones that trials run on
     """
 
     num_layers: int
@@ -82,6 +83,7 @@ class Settings:
     few: int = 0
     recomputes: bool = True
     measures: bool = True
+    repeating: int = 0
 
     def spread(self) -> list[int]:
         """Return a choice before one is made: evenly spread over the candidates."""
@@ -116,6 +118,7 @@ def plan(settings: Settings, order: Sequence[int] | None = None) -> list[Phase]:
 
 def _selection(settings: Settings, order: Sequence[int]) -> Iterator[Phase]:
     yield _loss(settings)  # of the base model, whose streams are kept
+    yield Phase("repeating", settings.num_layers * settings.repeating)
     again = settings.greedy and not settings.tried
     left = sorted(settings.candidates)
     if settings.tried:
@@ -140,15 +143,16 @@ def _loss(settings: Settings) -> Phase:
 
 
 def _trial(settings: Settings) -> Phase:
-    """Return one run over the held-out windows, beside what the original predicts."""
-    return _loss(settings) + Phase("trial", heads=settings.held_out)
+    """Return one run over all that is tried on, beside what the original predicts."""
+    windows = settings.held_out + settings.repeating
+    return Phase("trial", settings.num_layers * windows, heads=2 * windows)
 
 
 def _trials(settings: Settings, left: Sequence[int]) -> Phase:
     """Return what trying each layer alone takes; those before it run once for all."""
     layers = left[-1] + sum(settings.num_layers - i for i in left)
-    held_out = settings.held_out
-    return Phase("trials", layers * held_out, heads=(1 + len(left)) * held_out)
+    windows = settings.held_out + settings.repeating
+    return Phase("trials", layers * windows, heads=(1 + len(left)) * windows)
 
 
 def _refit(settings: Settings, last: int, count: int) -> Phase:

@@ -84,6 +84,14 @@ class Windows:
             self.placeholder,
         )
 
+    def and_then(self, others: Windows) -> Windows:
+        """Return these and others."""
+        masks: list[Tensor | None] = []
+        for each in (self, others):
+            masks += each.loss_masks or [None] * len(each.batches)
+        batches = [*self.batches, *others.batches]
+        return Windows(batches, masks, self.placeholder)
+
     def one_by_one(self) -> Windows:
         """
         Return the same windows in batches of one.

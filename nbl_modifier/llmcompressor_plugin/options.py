@@ -78,6 +78,9 @@ class Options(BaseModel):
         most, over its standard deviation; dimensionless, found on held-out windows if
         not given. A step is taken on ``windows_per_step`` windows, a multiple of the
         number of processes, one of each if not given
+    :param copying: whether trials and training are, too, on windows that say their
+        first half again: what the model copies from its context, of which ordinary
+        text shows little
     :param kind: what is replaced: ``attention``, or the whole transformer ``block``,
         its MLP and norms included
     :param method: by what: a ``linear`` map, fitted to the calibration data; the linear
@@ -117,6 +120,7 @@ class Options(BaseModel):
     selection: Literal["one_shot", "greedy"] = "one_shot"
     refit: bool = False
     distill: Distill = Distill()
+    copying: bool = False
     kind: Literal["attention", "block"] = "attention"
     method: Literal["linear", "wo_wv", "drop"] = "linear"
     rank: StrictInt | StrictFloat | None = None

@@ -29,6 +29,7 @@ from nbl_modifier.layer_statistics.sources import Needs, Sources, open_sources
 from nbl_modifier.layer_statistics.store import StatisticsStore
 from nbl_modifier.replacement.candidates import check_model
 from nbl_modifier.search.budget import Budget
+from nbl_modifier.search.copying import num_repeating
 from nbl_modifier.search.distillation import RATES
 from nbl_modifier.search.schedule import few_windows
 
@@ -188,10 +189,12 @@ def _cost(
     layers, data = decoder_layers(model, architecture), sources.data
     longest = max((b["input_ids"].shape[-1] for b in data.batches), default=0)
     per_step, ranks = options.distill.windows_per_step, Ranks()
+    held_out = num_windows(data, held_out=True) if options.holds_out else 0
     settings = Settings(
         num_layers=len(layers),
         windows=num_windows(data),
-        held_out=num_windows(data, held_out=True) if options.holds_out else 0,
+        held_out=held_out,
+        repeating=num_repeating(held_out) if options.copying else 0,
         candidates=sorted(candidates),
         count=budget.num_layers,
         tried=options.criterion in TRIED,

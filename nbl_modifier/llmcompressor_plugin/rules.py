@@ -83,6 +83,13 @@ _IDLE = (
         "give num_layers instead of layers",
         only=TRIED,
     ),
+    _Idle(
+        "criterion",
+        lambda v: v["criterion"] not in TRIED and not v["distill"].epochs,
+        ("copying",),
+        "takes no trial, and distill has no epochs",
+        "use criterion: kl_angle or distill: {epochs: 4}",
+    ),
 )
 
 

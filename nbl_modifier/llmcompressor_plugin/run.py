@@ -183,6 +183,7 @@ class Run:
             epochs=options.distill.epochs,
             rate=options.distill.rate,
             per_step=options.distill.windows_per_step,
+            copying=options.copying,
         )
 
     def _check_seen(self, calibration: Calibration) -> None:

@@ -11,6 +11,7 @@ from nbl_modifier.layer_statistics.processes import Ranks
 
 from .budget import Budget
 from .choose import choose
+from .copying import partly_repeating, repeating
 from .distillation import Distillation, distill
 from .outcome import Outcome
 from .refit import refit
@@ -32,6 +33,7 @@ class SearchOptions:
     :param rate: learning rate of that; None: found on held-out windows
     :param per_step: windows of a step of that, in all processes together, a multiple of
         their number; None: one of each process
+    :param copying: whether trials and training are on repeating windows, too
     """
 
     criterion: str
@@ -41,6 +43,7 @@ class SearchOptions:
     epochs: int = 0
     rate: float | None = None
     per_step: int | None = None
+    copying: bool = False
 
 
 def find_replacements(
@@ -69,7 +72,9 @@ def find_replacements(
     forward.start("selection")
     trials = None
     if any(Ranks().gather(bool(held_out))):
-        trials = Trials(forward, architecture, windows.select(held_out))
+        trial_windows = windows.select(held_out)
+        repeats = repeating(trial_windows) if options.copying else None
+        trials = Trials(forward, architecture, trial_windows, repeats)
     again = passes if options.greedy else None
     outcome = choose(calibration, criterion, budget, trials, again)
     if options.refit:
@@ -79,6 +84,8 @@ def find_replacements(
         assert trials is not None
         forward.start("distillation")
         fitted_on = windows.select(set(range(len(windows.batches))) - set(held_out))
+        if options.copying:
+            fitted_on = partly_repeating(fitted_on)
         distillation = Distillation(
             forward, architecture, fitted_on, trials, options.per_step
         )

@@ -118,14 +118,20 @@ class Sums:
     :param nll: negative log-likelihoods, in nats
     :param counts: tokens to be predicted
     :param kl: divergences from the original model's predictions, in nats
+    :param kl_counts: tokens of these, of more windows than have a loss
     """
 
     nll: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    kl_counts: list[int] = field(default_factory=list)
 
     def add(
-        self, targets: Iterable[Target], logits: Tensor, original: Tensor | None = None
+        self,
+        targets: Iterable[Target],
+        logits: Tensor,
+        original: Tensor | None = None,
+        loss: bool = True,
     ) -> None:
         """
         Add a batch.
@@ -133,6 +139,7 @@ class Sums:
         :param targets: its tokens to be predicted
         :param logits: ``[batch, tokens, vocabulary]``
         :param original: the same of the original model; None: not asked for
+        :param loss: whether its likelihood counts, not the divergence alone
         """
         for target in targets:
             nll = kl = 0.0
@@ -144,9 +151,11 @@ class Sums:
                     kl += _total(
                         kl_div(predicted, reference, reduction="none", log_target=True)
                     )
-            self.nll.append(nll)
-            self.counts.append(len(target.positions))
+            if loss:
+                self.nll.append(nll)
+                self.counts.append(len(target.positions))
             self.kl.append(kl)
+            self.kl_counts.append(len(target.positions))
 
     def join(self, parts: Iterable[Sums]) -> None:
         """Become the sums over the windows of all parts, in their order."""
@@ -154,6 +163,7 @@ class Sums:
         self.nll = [value for each in parts for value in each.nll]
         self.counts = [value for each in parts for value in each.counts]
         self.kl = [value for each in parts for value in each.kl]
+        self.kl_counts = [value for each in parts for value in each.kl_counts]
 
     def loss(self) -> PerplexityResult:
         """Return the mean negative log-likelihood."""
@@ -161,7 +171,7 @@ class Sums:
 
     def divergence(self) -> float:
         """Return the mean divergence from the original model, in nats per token."""
-        return math.fsum(self.kl) / sum(self.counts)
+        return math.fsum(self.kl) / sum(self.kl_counts)
 
 
 def _total(values: Tensor) -> float:

@@ -94,22 +94,28 @@ class Trials:
     :param forward: the model
     :param architecture: its family
     :param windows: held out of what the replacements were fitted on; of this process
+    :param repeats: more of them, on which the divergence counts and the loss does not
     """
 
     def __init__(
-        self, forward: PartialForward, architecture: Architecture, windows: Windows
+        self,
+        forward: PartialForward,
+        architecture: Architecture,
+        windows: Windows,
+        repeats: Windows | None = None,
     ) -> None:
         self._forward = forward
         self._architecture = architecture
-        self._windows = windows
-        self._original = OriginalLogits(forward, windows)
+        self._with_loss = range(len(windows.batches))
+        self._windows = windows if repeats is None else windows.and_then(repeats)
+        self._original = OriginalLogits(forward, self._windows)
         self._ranks = Ranks()
 
     def original(self) -> Trial:
         """Return how the original model does; nothing must be replaced."""
         sums = Sums()
         with self._pooling(sums):
-            for number in range(len(self._windows.batches)):
+            for number in self._with_loss:
                 targets = target_tokens(self._windows, number)
                 sums.add(targets, self._original.of(number))
         return Trial.of(sums)
@@ -128,8 +134,9 @@ class Trials:
             self._pooling(sums),
             replaced(layers, self._architecture, replacements or {}),
         ):
-            for number, batch in enumerate(self._windows.batches):
+            for number in self._with_loss:
                 targets = target_tokens(self._windows, number)
+                batch = self._windows.batches[number]
                 sums.add(targets, self._forward.logits(batch))
         return sums.loss()
 
@@ -149,7 +156,8 @@ class Trials:
                 with undone():
                     original = self._original.of(number)
                 targets = target_tokens(self._windows, number)
-                sums.add(targets, self._forward.logits(batch), original)
+                logits = self._forward.logits(batch)
+                sums.add(targets, logits, original, number in self._with_loss)
         return Trial.of(sums)
 
     def single(
@@ -191,7 +199,7 @@ class Trials:
                 trial = {index: candidates[index]}
                 with replaced(layers, architecture, trial):
                     logits = self._forward.logits(batch, stream, start)
-                sum_.add(targets, logits, original)
+                sum_.add(targets, logits, original, number in self._with_loss)
 
     @contextmanager
     def _pooling(self, *sums: Sums) -> Iterator[None]:

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"rank": 1.0}, "got 1.0"),
         ({"distill": {"rate": 0.1}}, "rate has no effect, got rate: 0.1.*give epochs"),
         ({"distill": {"windows_per_step": 2}}, "windows_per_step has no effect, got"),
+        ({"copying": True}, "criterion takes no trial, and distill has no epochs, so"),
     ],
 )
 def test_what_does_not_go_together_is_refused(

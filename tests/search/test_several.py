@@ -36,7 +36,7 @@ SEARCHES: dict[str, tuple[str, torch.dtype, dict[str, Any], float]] = {
     "distilled": (
         "kl_angle",
         torch.float32,
-        {"greedy": True, "rate": 0.02, **_DISTILLED},
+        {"greedy": True, "rate": 0.02, "copying": True, **_DISTILLED},
         1e-5,
     ),
     "rate found": ("kl", torch.float32, _DISTILLED, 1e-5),

@@ -52,25 +52,37 @@ def test_divergence_is_from_the_original_predictions(
     llama: Path, rows: Dataset, everything: NBLReport
 ) -> None:
     _, report = run(llama, rows, criterion="kl", num_layers=2)
+    _, copying = run(llama, rows, criterion="kl", num_layers=2, copying=True)
+    assert copying.heldout == report.heldout
     assert [result.score for result in report.ranking] == sorted(
         result.kl or 0.0 for result in report.layers
     )
 
-    def predictions(model: Model) -> torch.Tensor:
-        tokens = torch.tensor(rows.select(HELD_OUT)["input_ids"])
+    plain = torch.tensor(rows.select(HELD_OUT)["input_ids"])
+    again = plain[::2, :32].repeat(1, 2)
+
+    def predictions(model: Model, tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             logits = model(tokens, use_cache=False).logits[:, :-1]
         return logits.double().log_softmax(-1)
 
-    original = predictions(load(llama))
+    def divergences(model: Model, tokens: torch.Tensor) -> torch.Tensor:
+        original = predictions(load(llama), tokens)
+        replaced = predictions(model, tokens)
+        return (original.exp() * (original - replaced)).sum(-1)
+
     for index in range(4):
-        replaced = predictions(run(llama, rows.select(FITTED), layers=[index])[0])
-        divergence = (original.exp() * (original - replaced)).sum(-1).mean()
+        model, _ = run(llama, rows.select(FITTED), layers=[index])
+        divergence = divergences(model, plain)
         result = layer(report, index)
         # of float32 logits, with a mean of about 0.1
-        assert result.kl == pytest.approx(float(divergence), abs=2e-6)
+        assert result.kl == pytest.approx(float(divergence.mean()), abs=2e-6)
         assert result.kl == layer(everything, index).kl
         assert result.loss == layer(everything, index).loss
+        said_again = divergences(model, again)[:, 31:]
+        both = torch.cat([divergence.flatten(), said_again.flatten()]).mean()
+        assert layer(copying, index).kl == pytest.approx(float(both), abs=2e-6)
+        assert layer(copying, index).loss == result.loss
 
 
 def test_trials_leave_nothing_behind(llama: Path, rows: Dataset) -> None:
