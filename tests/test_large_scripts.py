@@ -64,17 +64,21 @@ def test_a_model_written_by_layers_is_one(tmp_path: Path) -> None:
     assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.1)
 
 
-def test_the_most_memory_is_what_there_was_at_any_moment() -> None:
+def growth(num_bytes: int) -> int:
+    """Return how much more memory there was, at most, with a block of this size."""
     with large_model.Resident() as before:
         pass
     with large_model.Resident() as memory:
-        block = torch.ones(2**26, dtype=torch.uint8)
-        for _ in range(1000):  # until it was looked at: its thread may have to wait
-            if memory.private > before.private + 0.9 * block.nbytes:
-                break
-            large_model.time.sleep(large_model.SAMPLE_SECONDS)
+        block = torch.ones(num_bytes, dtype=torch.uint8)
+        large_model.time.sleep(20 * large_model.SAMPLE_SECONDS)
         del block
-    assert memory.private - before.private == pytest.approx(2**26, rel=0.2)
+    return memory.private - before.private
+
+
+def test_the_most_memory_is_what_there_was_at_any_moment() -> None:
+    """Anything else of this process may be freed, or swapped out, meanwhile."""
+    size = 2**26
+    assert any(growth(size) == pytest.approx(size, rel=0.2) for _ in range(20))
 
 
 def test_growth_with_width_is_that_of_the_operations() -> None:

@@ -54,6 +54,7 @@ def test_saved_recipe_replays(rows: Dataset, tmp_path: Path) -> None:
         "selection": "one_shot",
         "refit": False,
         "distill": {"epochs": 0},
+        "copying": False,
         "kind": "attention",
         "method": "linear",
         "input": "normalized",
